@@ -1,0 +1,70 @@
+"""How a target is asked: one function from a chat body to a `Reply`, whatever is behind it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from edgeft.bench.targets import Target
+from edgeft.engines.client import Reply, chat, gather
+from edgeft.engines.local import LocalModel
+from edgeft.errors import EnvironmentFault, UsageError, missing_extra
+
+Caller = Callable[[dict[str, Any]], Reply]
+
+
+@contextmanager
+def caller(
+    target: Target, log: Path, threads: int | None, context: int
+) -> Iterator[tuple[Caller, LocalModel | None]]:
+    """Start what the target needs and yield (ask, the local model if it is one)."""
+    with httpx.Client() as client:
+        if target.engine == "litellm":
+            yield _litellm(target.facts["model"]), None
+        elif target.engine == "openai":
+            key = os.environ.get("OPENAI_API_KEY")
+            url, model = target.facts["url"], target.facts["model"]
+            yield lambda body: chat(client, url, {**body, "model": model}, key), None
+        else:
+            assert target.path is not None
+            with LocalModel(target.path, target.engine, log=log, threads=threads, context=context) as local:
+
+                def ask(body: dict[str, Any]) -> Reply:
+                    try:
+                        return chat(client, local.url, {**body, "model": local.options["name"]}, local.key)
+                    except EnvironmentFault as error:
+                        raise EnvironmentFault(f"{target.id}: {error.message}", f"less {log}") from error
+
+                yield ask, local
+
+
+def _litellm(model: str) -> Caller:
+    try:
+        import litellm
+    except ImportError:
+        raise missing_extra("litellm", "api") from None
+
+    def ask(body: dict[str, Any]) -> Reply:
+        allowed = {k: v for k, v in body.items() if k in ("messages", "max_tokens", "temperature", "seed")}
+        started = time.perf_counter()
+        try:
+            stream = litellm.completion(
+                model=model, stream=True, stream_options={"include_usage": True}, **allowed
+            )
+            return gather((chunk.model_dump() for chunk in stream), started)
+        except litellm.exceptions.AuthenticationError as error:
+            raise UsageError(
+                f"{model}: no valid API key.", "set the provider's key, as OPENAI_API_KEY"
+            ) from error
+        except litellm.exceptions.APIError as error:
+            raise EnvironmentFault(
+                f"{model} failed: {str(error)[:200]}", "try again, or leave --model out"
+            ) from error
+
+    return ask

@@ -1,0 +1,150 @@
+"""How far an artefact's next-token distribution is from the merged model's.
+
+KLD = KL(p_reference || p_artefact) over the full vocabulary, in nats, on identical token ids. The
+reference is the merged model in float32 through transformers. Two figures: all positions of the
+rendered chat after what all rows share (the system prompt), and the answer's positions alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeft.bench.stats import bootstrap_ratio_of_sums
+
+MAX_REFERENCE_BYTES = 1 << 30
+
+
+def prepare(reference: str, rows_file: str, limit: int, out: str, threads: int) -> dict[str, Any]:
+    """Write the reference's log-probabilities for the first `limit` rows to `out`. Runs in a child process.
+
+    `out/reference.npy` is float32 [positions, vocabulary]; the plan returned says which positions of
+    which token ids they are.
+    """
+    from transformers import AutoTokenizer
+
+    from edgeft.engines.transformers import logits
+    from edgeft.rows import load_rows
+    from edgeft.tune.lora import common_prefix, encode
+
+    tokenizer = AutoTokenizer.from_pretrained(reference)
+    encoded = [e for row in load_rows(Path(rows_file))[:limit] if (e := encode(tokenizer, row, 1 << 20))]
+    shared = max(1, common_prefix(encoded)) if len(encoded) > 1 else 1
+    vocabulary = None
+    rows: list[dict[str, Any]] = []
+    target = None
+    written = 0
+    for (ids, start), found in zip(
+        encoded, logits(Path(reference), [ids for ids, _ in encoded], {"threads": threads}), strict=True
+    ):
+        if target is None:
+            vocabulary = found.shape[1]
+            room = MAX_REFERENCE_BYTES // (4 * vocabulary)
+            total = min(room, sum(len(i) - shared for i, _ in encoded))
+            target = np.lib.format.open_memmap(
+                Path(out, "reference.npy"), mode="w+", dtype=np.float32, shape=(total, vocabulary)
+            )
+        count = len(ids) - shared
+        if written + count > len(target):
+            break
+        target[written : written + count] = log_softmax(found[shared - 1 : -1])
+        rows.append({"ids": ids, "offset": written, "answer_start": start})
+        written += count
+        print(f"progress: reference {len(rows)}/{len(encoded)} rows")
+    assert target is not None
+    target.flush()
+    return {"rows": rows, "shared": shared, "vocabulary": vocabulary, "rows_asked": len(encoded)}
+
+
+def compare(engine: str, folder: str, plan: dict[str, Any], reference: str, threads: int) -> dict[str, Any]:
+    """Distances of an artefact's distributions from the reference's, a position each. Runs in a child process.
+
+    Returns lists over rows of lists over positions: kld (nats), same_top1 (0/1), right_delta (change of
+    the right token's probability), nll and nll_reference (nats), answer (is it an answer position).
+    """
+    from edgeft.engines import engine as module_of
+
+    module = module_of(engine)
+    target = np.load(reference, mmap_mode="r")
+    shared = plan["shared"]
+    result: dict[str, Any] = {
+        k: [] for k in ("kld", "same_top1", "right_delta", "nll", "nll_reference", "answer")
+    }
+    found = module.logits(
+        Path(folder), [row["ids"] for row in plan["rows"]], {"threads": threads, "context": 1 << 12}
+    )
+    for row, values in zip(plan["rows"], found, strict=True):
+        count = len(row["ids"]) - shared
+        expected = np.asarray(target[row["offset"] : row["offset"] + count])
+        for key, numbers in distances(expected, values[shared - 1 : -1], row["ids"][shared:]).items():
+            result[key].append(numbers)
+        result["answer"].append([int(i >= row["answer_start"]) for i in range(shared, len(row["ids"]))])
+    return {**result, "build": module.logits_build()}
+
+
+def distances(reference: Any, logits: Any, right: list[int]) -> dict[str, list[float]]:
+    """Per position: KLD (nats), same top token, change in the right token's probability, both NLLs (nats).
+
+    `reference` holds log-probabilities and `logits` raw scores, both [positions, vocabulary]; where one
+    vocabulary is padded, the common part is compared, renormalized.
+    """
+    width = min(reference.shape[1], logits.shape[1])
+    p = reference[:, :width].astype(np.float64)
+    if width < reference.shape[1]:
+        p = log_softmax(p)
+    q = log_softmax(logits[:, :width].astype(np.float64))
+    rows = np.arange(len(right))
+    weight = np.exp(p)
+    return {
+        # The sum is never negative but for rounding.
+        "kld": np.maximum((weight * (p - q)).sum(1), 0.0).tolist(),
+        "same_top1": (p.argmax(1) == q.argmax(1)).astype(int).tolist(),
+        "right_delta": (np.exp(q[rows, right]) - np.exp(p[rows, right])).tolist(),
+        "nll": (-q[rows, right]).tolist(),
+        "nll_reference": (-p[rows, right]).tolist(),
+    }
+
+
+def log_softmax(values: Any) -> Any:
+    """Log-probabilities over the last axis, in the values' precision."""
+    shifted = values - values.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def summarize(found: dict[str, Any]) -> dict[str, Any]:
+    """`all` and `answer` figures of what `compare` returned; intervals by bootstrap over rows."""
+    return {
+        "all": _figures(found, lambda answer: [True] * len(answer)),
+        "answer": _figures(found, lambda answer: [bool(a) for a in answer]),
+        "formula": "KL(p_reference || p_artefact), full vocabulary, nats; mean over positions, interval over rows",
+        "logits_build": found["build"],
+    }
+
+
+def _figures(found: dict[str, Any], keep: Any) -> dict[str, Any]:
+    masks = [np.array(keep(answer)) for answer in found["answer"]]
+    take = {
+        k: [np.array(v)[m] for v, m in zip(found[k], masks, strict=True)]
+        for k in found
+        if k not in ("answer", "build")
+    }
+    take = {k: v for k, v in take.items() if isinstance(v, list)}
+    kld, same = np.concatenate(take["kld"]), np.concatenate(take["same_top1"])
+    counts = [len(v) for v in take["kld"]]
+    right = np.concatenate(take["right_delta"])
+    return {
+        "kld_mean": float(kld.mean()),
+        "kld_ci95": bootstrap_ratio_of_sums([v.sum() for v in take["kld"]], counts),
+        "kld_p50": float(np.percentile(kld, 50)),
+        "kld_p99": float(np.percentile(kld, 99)),
+        "kld_max": float(kld.max()),
+        "same_top1": float(same.mean()),
+        "same_top1_ci95": bootstrap_ratio_of_sums([v.sum() for v in take["same_top1"]], counts),
+        "right_probability_rms": float(np.sqrt((right**2).mean())),
+        "perplexity": float(np.exp(np.concatenate(take["nll"]).mean())),
+        "perplexity_reference": float(np.exp(np.concatenate(take["nll_reference"]).mean())),
+        "positions": int(len(kld)),
+        "rows": len(counts),
+    }

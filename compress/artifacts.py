@@ -1,0 +1,256 @@
+"""Adapter + base -> artefacts, each with its `artifact.json`.
+
+    dist/merged/          safetensors, the reference
+    dist/gguf-q4_k_m/     …one folder a format
+    dist/.work/           scratch and logs, safe to delete
+
+What stands there already and was made from the same inputs by the same recipe is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgeft import child, console
+from edgeft.compress import formats
+from edgeft.compress.formats import Job
+from edgeft.compress.merge import plan
+from edgeft.errors import UsageError
+from edgeft.files import list_files, need_disk, read_json, sha256_file, sha256_json, staged_folder, tree_bytes
+from edgeft.pull import origin_of, weights_sha256
+from edgeft.rows import load_rows, refuse_seen, row_hash
+from edgeft.types import Artifact
+
+MANIFEST = "artifact.json"
+TUNE_MANIFEST = "edgeft-tune.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `compress` makes and where."""
+
+    out: Path
+    formats: tuple[str, ...]  # format:variant
+    calibration: Path | None = None  # rows for the formats that calibrate
+    name: str | None = None  # the model's name in files and metadata
+    threads: int = os.cpu_count() or 1
+    allow_seen_rows: bool = False
+
+
+def compress(base: Path, adapter: Path | None, recipe: Recipe) -> list[Artifact]:
+    """Merge `adapter` into `base` and write every asked format; returns the artefacts, the merged model first.
+
+    Raises UsageError for wrong inputs before anything is written, EnvironmentFault where a package,
+    a tool or disk space is missing.
+    """
+    specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats)]
+    plan(base, adapter)
+    seen = seen_by_adapter(adapter)
+    calibration = recipe.calibration.resolve() if recipe.calibration else None
+    if calibration:
+        rows = load_rows(calibration)
+        if not recipe.allow_seen_rows:
+            # Rows the adapter was trained on may calibrate; rows kept for a later purpose must not have been seen.
+            refuse_seen(
+                rows,
+                {k: v for k, v in seen.items() if k not in ("train", "calibrate")},
+                "calibrate",
+                calibration,
+            )
+    if any(name == "gptq" for name, _ in specs) and calibration is None:
+        raise UsageError("gptq needs rows to calibrate on.", "--calibration rows.jsonl")
+    need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
+
+    work = recipe.out / ".work"
+    work.mkdir(parents=True, exist_ok=True)
+    name = recipe.name or default_name(base, adapter)
+    merged = _merged(base, adapter, recipe, name, seen, work)
+    made = [merged]
+    for format_name, variant in specs:
+        job = Job(
+            format=format_name,
+            variant=variant,
+            merged=recipe.out / "merged",
+            out=recipe.out / f"{format_name}-{variant}",
+            work=work,
+            log=work / f"{format_name}-{variant}.log",
+            model_name=name,
+            calibration=calibration,
+            threads=recipe.threads,
+        )
+        made.append(_artifact(job, merged))
+    for leftover in work.glob("source-*"):
+        leftover.unlink()
+    return made
+
+
+def default_name(base: Path, adapter: Path | None) -> str:
+    """A file name for the model: the base's, then the adapter's folder."""
+    origin = origin_of(base).get("name", base.resolve().name).rsplit("/", 1)[-1]
+    return f"{origin}-{adapter.resolve().name}" if adapter else str(origin)
+
+
+def seen_by_adapter(adapter: Path | None) -> dict[str, list[str]]:
+    """Hashes of the rows that training saw, where `edgeft tune` recorded them."""
+    if adapter and (adapter / TUNE_MANIFEST).is_file():
+        return read_json(adapter / TUNE_MANIFEST).get("seen_rows", {})
+    return {}
+
+
+def load_artifact(folder: Path, verify: bool = False) -> Artifact:
+    """Read a folder's `artifact.json`; with `verify` every file's size and hash is compared.
+
+    Raises UsageError naming the file that is missing or changed.
+    """
+    artifact = Artifact.load(folder / MANIFEST)
+    for name, entry in artifact.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise UsageError(
+                f"{file} is not as {MANIFEST} says: missing or of another size.",
+                "edgeft compress … (makes it again)",
+            )
+        if verify and sha256_file(file) != entry["sha256"]:
+            raise UsageError(
+                f"{file} was changed: its hash is not the one in {MANIFEST}.",
+                "edgeft compress … (makes it again)",
+            )
+    return artifact
+
+
+def _merged(
+    base: Path, adapter: Path | None, recipe: Recipe, name: str, seen: dict[str, list[str]], work: Path
+) -> Artifact:
+    """`dist/merged`: the adapter added to its base."""
+    made_from: dict[str, Any] = {
+        "base": {**origin_without_files(base), "weights_sha256": weights_sha256(base)}
+    }
+    if adapter:
+        made_from["adapter"] = {
+            "name": adapter.resolve().name,
+            "weights_sha256": weights_sha256(adapter),
+            "config_sha256": sha256_file(adapter / "adapter_config.json"),
+        }
+    settings = {"merge": "float32, rounded once"}
+
+    def build(out: Path) -> dict[str, Any]:
+        return child.call(
+            "edgeft.compress.merge:merge",
+            log=work / "merge.log",
+            title="merging",
+            base=str(base),
+            adapter=str(adapter) if adapter else None,
+            out=str(out),
+        )
+
+    def inspect(out: Path, spent: dict[str, Any]) -> dict[str, Any]:
+        tensor_bytes = tree_bytes_of(out, "*.safetensors")
+        return {**spent, "tensor_bytes": tensor_bytes, "fallback_share": None}
+
+    blank = Artifact(
+        id="merged", format="safetensors", variant="merged", engine="transformers", model_name=name, created_at="",
+        made_from=made_from, recipe=settings, recipe_sha256="", versions=versions_of(("torch", "safetensors")), files={},
+        size_bytes=0, parameters=0, bits_per_weight=0.0, tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
+    )  # fmt: skip
+    return _make(
+        blank, recipe.out / "merged", build, inspect, "merging the adapter" if adapter else "copying the base"
+    )
+
+
+def _artifact(job: Job, merged: Artifact) -> Artifact:
+    """One format's folder."""
+    module = formats.module_of(job.format)
+    seen = dict(merged.seen_rows)
+    settings = module.settings(job)
+    if "calibration_sha256" in settings and job.calibration:
+        seen["calibrate"] = [row_hash(row) for row in load_rows(job.calibration)]
+    blank = Artifact(
+        id=job.id, format=job.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
+        made_from={**merged.made_from, "merged_sha256": merged.sha256}, recipe=settings, recipe_sha256="",
+        versions=versions_of(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
+        tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
+    )  # fmt: skip
+
+    def build(out: Path) -> dict[str, Any]:
+        job.log.unlink(missing_ok=True)
+        return module.build(replace(job, out=out))
+
+    def inspect(out: Path, _: dict[str, Any]) -> dict[str, Any]:
+        return module.inspect(out)
+
+    artifact = _make(blank, job.out, build, inspect, f"making {job.format}:{job.variant}")
+    if (artifact.fallback_share or 0.0) > 0.05:
+        console.note(
+            f"  {artifact.id}: {artifact.fallback_share:.0%} of the parameters stand in rows that are no multiple of 256 "
+            f"and fell back to wider types; {artifact.bits_per_weight:.2f} bits a weight in all"
+        )
+    return artifact
+
+
+def _make(
+    blank: Artifact,
+    target: Path,
+    build: Callable[[Path], dict[str, Any]],
+    inspect: Callable[[Path, dict[str, Any]], dict[str, Any]],
+    title: str,
+) -> Artifact:
+    """Build `target` under a temporary name, look at what was made, write its manifest, rename; or keep what stands there."""
+    key = sha256_json(
+        [blank.format, blank.variant, blank.model_name, blank.made_from, blank.recipe, blank.versions]
+    )
+    if (target / MANIFEST).is_file():
+        try:
+            standing = load_artifact(target, verify=True)
+        except UsageError:
+            standing = None
+        if standing and standing.recipe_sha256 == key:
+            console.note(f"  {blank.id}: kept, made from the same inputs before")
+            return standing
+    with console.step(title), staged_folder(target) as staging:
+        spent = build(staging)
+        facts = inspect(staging, spent)
+        parameters = blank.parameters or int(facts["parameters"])
+        files = list_files(staging)
+        artifact = replace(
+            blank,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            recipe_sha256=key,
+            files=files,
+            size_bytes=sum(f["bytes"] for f in files.values()),
+            parameters=parameters,
+            bits_per_weight=8 * facts["tensor_bytes"] / parameters,
+            tensor_types=facts["tensor_types"],
+            fallback_share=facts["fallback_share"],
+            cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
+        )
+        artifact.save(staging / MANIFEST)
+    return artifact
+
+
+def origin_without_files(base: Path) -> dict[str, Any]:
+    """Where the base came from, without the list of its files."""
+    return {k: v for k, v in origin_of(base).items() if k != "files"}
+
+
+def tree_bytes_of(folder: Path, pattern: str) -> int:
+    """Bytes of the tensors in a folder's safetensors, headers left out."""
+    from edgeft.compress.merge import header_of
+
+    return sum(max(e["data_offsets"][1] for e in header_of(f).values()) for f in folder.glob(pattern))
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions of packages; those absent are left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,116 @@
+"""GGUF: f32, f16, bf16 and q8_0 by upstream's converter, K and IQ types by `llama_model_quantize`."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+from edgeft import child
+from edgeft.compress.converter import convert, installed_version
+from edgeft.errors import EnvironmentFault
+
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
+# Without an importance matrix llama.cpp refuses the types below three bits, so they are not offered yet.
+QUANTIZED = (
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
+    "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
+)  # fmt: skip
+VARIANTS = (*CONVERTED, *QUANTIZED)
+ENGINE = "gguf"
+PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
+REQUIRES = {"llama_cpp": "compress", "gguf": "compress", "torch": "compress", "transformers": "compress"}
+BLOCK_OF_256 = ("_k", "iq3_", "iq4_xs")
+FALLBACK_WARNING_SHARE = 0.05
+
+
+def settings(job: Any) -> dict[str, Any]:
+    """What decides the result besides the merged model."""
+    return {
+        "converter": f"llama-cpp-python {installed_version()}",
+        "model_name": job.model_name,
+        "imatrix": None,
+    }
+
+
+def build(job: Any) -> dict[str, float]:
+    """Write the GGUF file; returns wall_s and peak_rss_bytes."""
+    target = job.out / f"{job.model_name}-{job.variant}.gguf"
+    if job.variant in CONVERTED:
+        return convert(job.merged, target, job.variant, job.model_name, job.log)
+    source, spent = _unquantized(job)
+    made = child.call(
+        "edgeft.compress.formats.gguf:quantize",
+        log=job.log,
+        title="llama_model_quantize",
+        source=str(source),
+        target=str(target),
+        variant=job.variant,
+        threads=job.threads,
+    )
+    return {
+        "wall_s": spent.get("wall_s", 0.0) + made["wall_s"],
+        "peak_rss_bytes": max(spent.get("peak_rss_bytes", 0), made["peak_rss_bytes"]),
+    }
+
+
+def _unquantized(job: Any) -> tuple[Path, dict[str, float]]:
+    """The GGUF that quantizing starts from, in the merged model's own precision; kept in `work` for the next job."""
+    from edgeft.compress.merge import header_of
+
+    kinds = {
+        entry["dtype"] for file in job.merged.glob("*.safetensors") for entry in header_of(file).values()
+    }
+    kind = "f32" if "F32" in kinds else "bf16" if "BF16" in kinds else "f16"
+    source = job.work / f"source-{kind}.gguf"
+    if source.exists():
+        return source, {}
+    partial = source.with_suffix(".part")
+    spent = convert(job.merged, partial, kind, job.model_name, job.log)
+    partial.replace(source)
+    return source, spent
+
+
+def quantize(source: str, target: str, variant: str, threads: int) -> dict[str, Any]:
+    """Quantize a GGUF file. Runs in a child process."""
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, ftype_name(variant))
+    parameters.nthread = threads
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
+    if code != 0:
+        raise EnvironmentFault(
+            f"llama_model_quantize gave {code} for {variant}.", f"df -h {Path(target).parent}"
+        )
+    return {}
+
+
+def ftype_name(variant: str) -> str:
+    """llama.cpp's name of a file type: q4_k_m -> LLAMA_FTYPE_MOSTLY_Q4_K_M."""
+    return f"LLAMA_FTYPE_MOSTLY_{variant.upper()}"
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """Tensors and parameters by type, read from the file; the share of parameters too narrow for the asked type."""
+    from gguf import GGUFReader
+
+    file = next(folder.glob("*.gguf"))
+    variant = file.stem.rsplit("-", 1)[1]
+    wide = any(mark in variant for mark in BLOCK_OF_256)
+    types: dict[str, dict[str, int]] = {}
+    total_bytes = parameters = narrow = 0
+    for tensor in GGUFReader(file).tensors:
+        count = int(tensor.n_elements)
+        kind = types.setdefault(tensor.tensor_type.name.lower(), {"tensors": 0, "parameters": 0})
+        kind["tensors"] += 1
+        kind["parameters"] += count
+        total_bytes += int(tensor.n_bytes)
+        parameters += count
+        if len(tensor.shape) > 1 and int(tensor.shape[0]) % 256:
+            narrow += count
+    return {
+        "tensor_types": types,
+        "tensor_bytes": total_bytes,
+        "fallback_share": narrow / parameters if wide else 0.0,
+    }

@@ -1,0 +1,186 @@
+"""Run a function in a process of its own.
+
+Heavy imports, banners, thread pools and aborts of native libraries stay out of the caller. The
+child's output goes to a log file; its result comes back as JSON; errors of edgeft come back as
+themselves, others as an error that names the log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from edgeft.errors import BY_NAME, EdgeftError, EnvironmentFault
+
+
+def call(
+    function: str, *, log: Path, title: str, env: dict[str, str] | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """Call `package.module:function(**arguments)` in a child process and return its dict.
+
+    The answer carries two keys more, `wall_s` and `peak_rss_bytes`, as `run` gives them.
+    Raises what the function raised where that is an EdgeftError, else EnvironmentFault naming `log`.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
+        spec, answer = Path(scratch, "spec.json"), Path(scratch, "answer.json")
+        spec.write_text(json.dumps({"function": function, "arguments": arguments, "answer": str(answer)}))
+        spent = run([sys.executable, "-m", "edgeft.child", str(spec)], log=log, env=env, check=False)
+        if answer.exists():
+            value = json.loads(answer.read_text())
+            if "error" in value:
+                raise BY_NAME[value["error"]](value["message"], value["hint"])
+            return {**value["result"], "wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]}
+    raise failed(title, spent["exit_code"], log)
+
+
+def run(
+    command: list[str], *, log: Path, title: str = "", env: dict[str, str] | None = None, check: bool = True
+) -> dict[str, Any]:
+    """Run a command with its output appended to `log`; its process group ends when the caller is interrupted.
+
+    Returns `exit_code`, `wall_s` and `peak_rss_bytes` (the largest sum of resident memory over the
+    process tree, sampled every 50 ms). Raises EnvironmentFault where `check` and the command fails.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})},
+            start_new_session=True,
+        )
+        peak = PeakMemory(process.pid)
+        try:
+            code = process.wait()
+        except BaseException:
+            end_group(process)
+            raise
+        finally:
+            peak_bytes = peak.stop()
+    if check and code != 0:
+        raise failed(title, code, log)
+    return {"exit_code": code, "wall_s": time.monotonic() - started, "peak_rss_bytes": peak_bytes}
+
+
+def failed(title: str, code: int, log: Path) -> EnvironmentFault:
+    """The error for a tool that failed, with the last line of its log."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    if "No space left on device" in text:
+        return EnvironmentFault(f"the disk is full: {title} stopped.", "df -h")
+    return EnvironmentFault(f"{title} failed (exit {code}): {last_line(log)}", f"less {log}")
+
+
+def end_group(process: subprocess.Popen[bytes], grace_s: float = 2.0) -> None:
+    """End a child and all it started: ask first, then kill."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(grace_s)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+class PeakMemory:
+    """Samples the resident memory of a process tree until stopped.
+
+    Anonymous and file-backed pages apart; the peak is that of their sum. Pages shared by several
+    processes of the tree count once a process.
+    """
+
+    def __init__(self, pid: int, interval_s: float = 0.05) -> None:
+        self.pid, self.interval_s = pid, interval_s
+        self.peak = {"rss_bytes": 0, "anon_bytes": 0, "file_bytes": 0}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self.sample_once()
+
+    def sample_once(self) -> None:
+        """Take one sample now."""
+        total, anon = tree_rss(self.pid)
+        if total > self.peak["rss_bytes"]:
+            self.peak = {"rss_bytes": total, "anon_bytes": anon, "file_bytes": total - anon}
+
+    def stop(self) -> int:
+        """End sampling and return the peak in bytes."""
+        self._stop.set()
+        self._thread.join()
+        return self.peak["rss_bytes"]
+
+
+def tree_rss(pid: int) -> tuple[int, int]:
+    """(resident, anonymous) bytes summed over a process and its descendants."""
+    import psutil
+
+    total = anon = 0
+    try:
+        parent = psutil.Process(pid)
+        tree = [parent, *parent.children(recursive=True)]
+    except psutil.Error:
+        return 0, 0
+    for process in tree:
+        try:
+            memory = process.memory_info()
+        except psutil.Error:
+            continue
+        total += memory.rss
+        anon += memory.rss - getattr(memory, "shared", 0)
+    return total, anon
+
+
+def main(spec_path: str) -> None:
+    """The child's side."""
+    spec = json.loads(Path(spec_path).read_text())
+    module, name = spec["function"].split(":")
+    try:
+        value: dict[str, Any] = {
+            "result": getattr(importlib.import_module(module), name)(**spec["arguments"])
+        }
+    except EdgeftError as error:
+        value = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    except ImportError as error:
+        if error.name is None or error.name.startswith("edgeft"):
+            raise
+        value = {
+            "error": "EnvironmentFault",
+            "message": f"this needs the package '{error.name}', which is not installed.",
+            "hint": f"pip install {error.name}",
+        }
+    except OSError as error:
+        import errno
+
+        if error.errno != errno.ENOSPC:
+            raise
+        value = {"error": "EnvironmentFault", "message": f"the disk is full: {error}", "hint": "df -h"}
+    answer = Path(spec["answer"])
+    partial = answer.with_suffix(".part")
+    partial.write_text(json.dumps(value))
+    partial.replace(answer)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

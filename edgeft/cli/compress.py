@@ -1,0 +1,78 @@
+"""`edgeft compress`."""
+
+from pathlib import Path
+
+import click
+
+from edgeft import console
+from edgeft.cli import options
+
+
+@click.command("compress")
+@click.argument("base")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of a LoRA adapter (peft).")
+@click.option(
+    "--to",
+    "formats",
+    multiple=True,
+    metavar="FORMAT",
+    help="gguf:q4_k_m, onnx:int8, gptq:4, …; may be repeated.",
+)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Rows (JSON lines) for the formats that calibrate."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("dist"),
+    show_default=True,
+    help="Folder for the artefacts.",
+)
+@click.option("--name", help="The model's name in file names and metadata.")
+@click.option("--threads", type=click.IntRange(1), help="Threads to quantize with (all cores if left out).")
+@click.option("--allow-seen-rows", is_flag=True, help="Take calibration rows that an earlier step has seen.")
+@options
+def command(
+    base: str,
+    adapter: Path | None,
+    formats: tuple[str, ...],
+    calibration: Path | None,
+    out: Path,
+    name: str | None,
+    threads: int | None,
+    allow_seen_rows: bool,
+) -> None:
+    """Merge an adapter into its base and quantize.
+
+    BASE is what `edgeft pull` takes. Always writes OUT/merged, then a folder a format, each with its
+    artifact.json; what was made from the same inputs before is kept.
+    """
+    import os
+
+    from edgeft.compress import Recipe, compress
+    from edgeft.pull import pull
+
+    recipe = Recipe(
+        out=out,
+        formats=formats,
+        calibration=calibration,
+        name=name,
+        threads=threads or os.cpu_count() or 1,
+        allow_seen_rows=allow_seen_rows,
+    )
+    artifacts = compress(pull(base), adapter, recipe)
+    console.result([a.to_dict() for a in artifacts])
+    console.table(
+        ["artefact", "MB", "bits/weight", "types", "made in s", "peak MB"],
+        [
+            [
+                a.id,
+                f"{a.size_bytes / 1e6:.1f}",
+                f"{a.bits_per_weight:.2f}",
+                ", ".join(f"{k} x{v['tensors']}" for k, v in sorted(a.tensor_types.items())),
+                f"{a.cost['wall_s']:.1f}",
+                f"{a.cost['peak_rss_bytes'] / 1e6:.0f}",
+            ]
+            for a in artifacts
+        ],
+    )

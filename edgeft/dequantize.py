@@ -1,0 +1,35 @@
+"""A GGUF file as an ordinary transformers folder: safetensors, config, tokenizer, chat template.
+
+Runs in a child process (`edgeft.child`). What is stored is float16: every type of GGUF holds its
+scales in float16, so the loss against float32 is below half a unit in the last place of a scale.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+
+def dequantize(gguf: str, out: str) -> dict[str, Any]:
+    """Write the model in the file `gguf` into the folder `out`; returns its tensor types and the dtype stored."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = Path(gguf)
+    kinds = Counter(t.tensor_type.name.lower() for t in GGUFReader(source).tensors)
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float16
+    # A fresh model of the same class: the loaded one still counts as quantized and refuses to be saved.
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(torch.float16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {"tensor_types": dict(kinds), "dtype": "float16"}

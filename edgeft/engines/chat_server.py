@@ -1,0 +1,233 @@
+"""OpenAI's chat API over a Python generator, for engines that bring no server: one request at a time.
+
+Standard library alone, since it runs on edge boxes. A client that leaves ends the generator at the
+next token.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+MAX_BODY_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks of decoding."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: the text that it completes (may be empty) and its log-probability in nats, if known."""
+
+    text: str
+    logprob: float | None
+
+
+# (messages, sampling) -> (number of prompt tokens, tokens as they come)
+Chat = Callable[[list[dict[str, Any]], Sampling], tuple[int, Iterator[Token]]]
+
+
+def listen(chat: Chat, key: str, model_name: str) -> int:
+    """Serve `chat` on a free loopback port in a thread; returns the port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(chat, key, model_name))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return int(server.server_address[1])
+
+
+def sampling_of(body: dict[str, Any]) -> Sampling:
+    """The fields of a request that are understood; others are ignored."""
+    stop = body.get("stop") or []
+    return Sampling(
+        max_tokens=int(body.get("max_completion_tokens") or body.get("max_tokens") or 256),
+        temperature=float(body.get("temperature", 1.0)),
+        top_p=float(body.get("top_p", 1.0)),
+        seed=body.get("seed"),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ignore_eos=bool(body.get("ignore_eos")),
+    )
+
+
+def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandler]:
+    """The request handler for one model."""
+    turn = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            known = {
+                "/health": {"status": "ok"},
+                "/v1/models": {"object": "list", "data": [{"id": model_name}]},
+            }
+            if self.path in known:
+                self.reply(200, known[self.path])
+            else:
+                self.fail(404, f"no such path: {self.path}")
+
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {key}"):
+                self.fail(401, "wrong key")
+            elif self.path != "/v1/chat/completions":
+                self.fail(404, f"no such path: {self.path}")
+            elif length > MAX_BODY_BYTES:
+                self.fail(413, f"body of {length} bytes; {MAX_BODY_BYTES} are allowed")
+            else:
+                try:
+                    body = json.loads(self.rfile.read(length))
+                    messages, sampling = body["messages"], sampling_of(body)
+                except (ValueError, KeyError, TypeError) as error:
+                    self.fail(400, f"bad request: {error}")
+                    return
+                with turn:
+                    self.complete(body, messages, sampling)
+
+        def complete(self, body: dict[str, Any], messages: list[dict[str, Any]], sampling: Sampling) -> None:
+            head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
+            try:
+                prompt_tokens, tokens = chat(messages, sampling)
+            except ValueError as error:
+                self.fail(400, str(error))
+                return
+            if body.get("stream"):
+                self.stream(head, body, prompt_tokens, tokens, sampling)
+                return
+            pieces, logprobs, count, reason = [], [], 0, "stop"
+            for text, token, reason in until_stop(tokens, sampling):
+                count += 1
+                pieces.append(text)
+                logprobs.append(logprob_entry(token))
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": "".join(pieces)},
+                "finish_reason": reason,
+            }
+            if body.get("logprobs"):
+                choice["logprobs"] = {"content": logprobs}
+            self.reply(
+                200,
+                {
+                    **head,
+                    "object": "chat.completion",
+                    "choices": [choice],
+                    "usage": usage(prompt_tokens, count),
+                },
+            )
+
+        def stream(
+            self,
+            head: dict[str, Any],
+            body: dict[str, Any],
+            prompt_tokens: int,
+            tokens: Iterator[Token],
+            sampling: Sampling,
+        ) -> None:
+            head = {**head, "object": "chat.completion.chunk"}
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            count, reason = 0, "stop"
+            try:
+                for text, token, reason in until_stop(tokens, sampling):
+                    count += 1
+                    choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+                    if body.get("logprobs"):
+                        choice["logprobs"] = {"content": [logprob_entry(token)]}
+                    self.event({**head, "choices": [choice]})
+                self.event({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+                if (body.get("stream_options") or {}).get("include_usage"):
+                    self.event({**head, "choices": [], "usage": usage(prompt_tokens, count)})
+                self.chunk(b"data: [DONE]\n\n")
+                self.chunk(b"")
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True
+
+        def event(self, value: dict[str, Any]) -> None:
+            self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+        def chunk(self, data: bytes) -> None:
+            self.wfile.write(b"%x\r\n" % len(data) + data + b"\r\n")
+            self.wfile.flush()
+
+        def reply(self, status: int, value: dict[str, Any]) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def fail(self, status: int, message: str) -> None:
+            self.close_connection = True
+            self.reply(
+                status, {"error": {"message": message, "type": "invalid_request_error", "code": status}}
+            )
+
+    return Handler
+
+
+def until_stop(tokens: Iterator[Token], sampling: Sampling) -> Iterator[tuple[str, Token, str]]:
+    """(text to send, token, finish reason so far) up to the token limit or a stop string.
+
+    Text that could be the beginning of a stop string is held back until it is clear.
+    """
+    held, count = "", 0
+    longest = max((len(s) for s in sampling.stop), default=0)
+    pending: list[tuple[str, Token, str]] = []
+    for token in tokens:
+        count += 1
+        held += token.text
+        found = [held.index(s) for s in sampling.stop if s in held]
+        if found:
+            yield held[: min(found)], token, "stop"
+            return
+        safe = max(0, len(held) - longest + 1) if longest else len(held)
+        text, held = held[:safe], held[safe:]
+        reason = "length" if count >= sampling.max_tokens else "stop"
+        if pending:
+            yield pending.pop()
+        pending.append((text, token, reason))
+        if reason == "length":
+            break
+    for text, token, reason in pending:
+        yield text + held, token, reason
+
+
+def logprob_entry(token: Token) -> dict[str, Any]:
+    """One entry of OpenAI's `logprobs.content`."""
+    return {
+        "token": token.text,
+        "logprob": token.logprob,
+        "bytes": list(token.text.encode()),
+        "top_logprobs": [],
+    }
+
+
+def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
+    """OpenAI's usage block."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }

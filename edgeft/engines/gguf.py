@@ -1,0 +1,95 @@
+"""GGUF: served by xllamacpp (llama.cpp's server, prebuilt), logits by llama-cpp-python's decode."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REQUIRES = {"xllamacpp": "gguf"}
+_alive: list[Any] = []  # the server lives as long as its object
+
+
+def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Load the GGUF file in `folder` and listen. Runs in a worker process."""
+    import xllamacpp as llama
+    from xllamacpp import __version__
+
+    p = llama.CommonParams()
+    p.model.path = str(gguf_file(folder))
+    p.model_alias = {options["name"]}
+    p.n_ctx = options["context"]
+    p.n_parallel = 1
+    p.cpuparams.n_threads = p.cpuparams_batch.n_threads = options["threads"]
+    p.n_gpu_layers = options.get("gpu_layers", 0)
+    p.fit_params = False
+    p.load_mode = llama.llama_load_mode.LLAMA_LOAD_MODE_MMAP
+    p.api_keys = [options["key"]]
+    p.hostnames = ["127.0.0.1"]
+    p.port = 0
+    p.cors_origins = ""
+    p.ui = p.endpoint_slots = p.endpoint_props = False
+    # The default prompt cache can restore another user's conversation (llama.cpp #27148).
+    p.cache_ram_mib = 0
+    p.cache_idle_slots = False
+    p.verbosity = 1
+    server = llama.Server(p)
+    _alive.append(server)
+    return {
+        "port": int(server.listening_address.rsplit(":", 1)[1]),
+        "build": f"xllamacpp {__version__}",
+        "load_mode": "mmap",
+    }
+
+
+def gguf_file(folder: Path) -> Path:
+    """The GGUF file of an artefact (or the file itself); of a split one the first part."""
+    return folder if folder.is_file() else sorted(folder.glob("*.gguf"))[0]
+
+
+def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Iterator[Any]:
+    """Logits of every position, a float32 array [tokens, vocabulary] a row. Runs in a child process.
+
+    xllamacpp's server gives no log-probabilities of the prompt, so this is another build of llama.cpp
+    than the one that serves; reports name both.
+    """
+    import llama_cpp as llama
+    import numpy as np
+
+    longest = max(len(row) for row in ids)
+    llama.llama_backend_init()
+    model_parameters = llama.llama_model_default_params()
+    model_parameters.n_gpu_layers = 0
+    model = llama.llama_model_load_from_file(str(gguf_file(folder)).encode(), model_parameters)
+    if not model:
+        raise RuntimeError(f"llama.cpp can't load {gguf_file(folder)}")
+    context_parameters = llama.llama_context_default_params()
+    context_parameters.n_ctx = context_parameters.n_batch = context_parameters.n_ubatch = longest + 1
+    context_parameters.n_threads = context_parameters.n_threads_batch = options["threads"]
+    context = llama.llama_init_from_model(model, context_parameters)
+    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    batch = llama.llama_batch_init(longest, 0, 1)
+    try:
+        for row in ids:
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            batch.n_tokens = len(row)
+            for index, token in enumerate(row):
+                batch.token[index], batch.pos[index] = token, index
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+                batch.logits[index] = 1
+            if llama.llama_decode(context, batch) != 0:
+                raise RuntimeError(f"llama_decode failed on a row of {len(row)} tokens")
+            flat = ctypes.cast(llama.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
+            yield np.ctypeslib.as_array(flat, (len(row), vocabulary)).copy()
+    finally:
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
+        llama.llama_model_free(model)
+
+
+def logits_build() -> str:
+    """The package that computes the logits."""
+    from importlib.metadata import version
+
+    return f"llama-cpp-python {version('llama-cpp-python')}"

@@ -1,0 +1,124 @@
+"""The parent's side of an engine: a local model as a child process with an address."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from edgeft import child
+from edgeft.errors import BY_NAME, EnvironmentFault
+
+START_DEADLINE_S = 600.0
+
+
+class LocalModel:
+    """A model that is loaded and listens on `url`; a context manager that ends its process.
+
+    Attributes: url, key, pid, cold_start_s (spawning to ready, imports included), load_s (inside the
+    child, imports of the engine included), build (the engine's name and version), load_mode, memory (sampled from the start).
+    Raises EnvironmentFault where the engine can't load the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: str,
+        *,
+        log: Path,
+        threads: int | None = None,
+        context: int = 2048,
+        name: str = "",
+    ) -> None:
+        self.folder, self.engine, self.log = folder, engine, log
+        self.key = secrets.token_urlsafe(24)
+        self.options: dict[str, Any] = {
+            "threads": threads or default_threads(),
+            "context": context,
+            "key": self.key,
+            "name": name or folder.name,
+        }
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "edgeft.engines.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                env={
+                    **os.environ,
+                    "PYTHONUNBUFFERED": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                    "HF_HUB_OFFLINE": "1",
+                },
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+        self.memory = child.PeakMemory(self.pid)
+        try:
+            reply = self._order({"engine": engine, "folder": str(folder), "options": self.options})
+        except BaseException:
+            self.close()
+            raise
+        self.cold_start_s = time.monotonic() - started
+        self.url = f"http://127.0.0.1:{reply['port']}"
+        self.load_s = float(reply["load_s"])
+        self.build = str(reply["build"])
+        self.load_mode = str(reply["load_mode"])
+
+    def _order(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], START_DEADLINE_S)
+        line = self.process.stdout.readline() if ready else b""
+        if not line:
+            raise EnvironmentFault(
+                f"{self.folder.name} did not load: {child.last_line(self.log)}", f"less {self.log}"
+            )
+        reply = json.loads(line)
+        if "error" in reply:
+            raise BY_NAME[reply["error"]](reply["message"], reply["hint"])
+        if "failed" in reply:
+            raise EnvironmentFault(f"{self.folder.name} did not load: {reply['failed']}", f"less {self.log}")
+        return reply
+
+    def alive(self) -> bool:
+        """True while the process runs."""
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End the process; `memory.peak` keeps what it took at most."""
+        self.memory.stop()
+        if self.process.stdin:
+            try:
+                self.process.stdin.close()
+            except OSError:
+                pass
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            child.end_group(self.process)
+        if self.process.stdout:
+            self.process.stdout.close()
+
+    def __enter__(self) -> LocalModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: hyper-threads slow decoding down."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))

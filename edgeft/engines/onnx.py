@@ -1,0 +1,94 @@
+"""ONNX: onnxruntime-genai, greedy or sampled, one request at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeft.engines.chat_server import Sampling, Token, listen
+
+REQUIRES = {"onnxruntime_genai": "onnx"}
+
+
+def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Load the model in `folder` and listen. Runs in a worker process."""
+    from importlib.metadata import version
+
+    import onnxruntime_genai as og
+
+    model = load(folder, options)
+    tokenizer = og.Tokenizer(model)
+
+    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
+        prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+        ids = [int(i) for i in tokenizer.encode(prompt)]
+        if len(ids) + 1 > options["context"]:
+            raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
+        return len(ids), generate(model, tokenizer, ids, sampling, options["context"])
+
+    port = listen(chat, options["key"], options["name"])
+    return {"port": port, "build": f"onnxruntime-genai {version('onnxruntime-genai')}", "load_mode": "read"}
+
+
+def load(folder: Path, options: dict[str, Any]) -> Any:
+    """The model with its thread count set."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    session = {"intra_op_num_threads": options["threads"], "inter_op_num_threads": 1}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    return og.Model(config)
+
+
+def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, context: int) -> Iterator[Token]:
+    """Tokens after `ids`, one by one."""
+    import numpy as np
+    import onnxruntime_genai as og
+
+    parameters = og.GeneratorParams(model)
+    wanted: dict[str, Any] = {"max_length": min(context, len(ids) + sampling.max_tokens), "batch_size": 1}
+    if sampling.ignore_eos:
+        wanted["min_length"] = wanted["max_length"]
+    if sampling.temperature == 0:
+        wanted["do_sample"] = False
+    else:
+        wanted |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.seed is not None:
+            wanted["random_seed"] = sampling.seed
+    parameters.set_search_options(**wanted)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(ids, dtype=np.int32))
+    stream = tokenizer.create_stream()
+    ends = {int(e) for e in tokenizer.eos_token_ids}
+    while not generator.is_done():
+        generator.generate_next_token()
+        token = int(generator.get_next_tokens()[0])
+        if token in ends:
+            return
+        yield Token(stream.decode(token), None)
+
+
+def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Iterator[Any]:
+    """Logits of every position, a float32 array [tokens, vocabulary] a row. Runs in a child process."""
+    import numpy as np
+    import onnxruntime_genai as og
+
+    model = load(folder, options)
+    for row in ids:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(row) + 1, batch_size=1, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.array(row, dtype=np.int32))
+        found = np.asarray(generator.get_output("logits"), dtype=np.float32)
+        if found.shape[1] != len(row):
+            raise RuntimeError(f"the ONNX model gives logits of {found.shape[1]} of {len(row)} positions")
+        yield found[0]
+
+
+def logits_build() -> str:
+    """The package that computes the logits."""
+    from importlib.metadata import version
+
+    return f"onnxruntime-genai {version('onnxruntime-genai')}"

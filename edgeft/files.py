@@ -1,0 +1,151 @@
+"""Files written whole or not at all, and hashed.
+
+A reader never sees a half-written artefact: everything is made under a temporary name beside its
+place, flushed to disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgeft.errors import EnvironmentFault, UsageError
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def list_files(folder: Path, leave_out: frozenset[str] = frozenset()) -> dict[str, dict[str, Any]]:
+    """Relative path -> {bytes, sha256} of every file under `folder`, sorted."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in leave_out:
+            found[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return found
+
+
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files under a folder (or of one file)."""
+    if folder.is_file():
+        return folder.stat().st_size
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises EnvironmentFault where the disk is full or read-only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a JSON-lines file atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UsageError with the path where it is absent or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}.", f"ls {path.parent}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}.", f"python3 -m json.tool {path}") from None
+
+
+@contextmanager
+def staged_folder(target: Path, staging_root: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` if the block ends well, and vanishes if it does not."""
+    root = staging_root or target.parent
+    with disk_errors(target):
+        root.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{target.name}.part-"))
+    staging.chmod(0o755)
+    try:
+        with disk_errors(target):
+            yield staging
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            replace_folder(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`, moving an old `target` out of the way first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = None
+    if target.exists():
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(old)
+    staging.rename(target)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a two-line error that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(path) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise EnvironmentFault(
+                f"cannot write to {path}: {error.strerror}.", f"ls -ld {path.parent}"
+            ) from error
+        raise
+
+
+def disk_full(path: Path) -> EnvironmentFault:
+    """The error for a full disk at `path`."""
+    return EnvironmentFault(f"the disk is full while writing {path}.", f"df -h {path.parent}")
+
+
+def need_disk(folder: Path, bytes_needed: int) -> None:
+    """Raise EnvironmentFault before the work starts where `folder`'s disk has too little room."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < bytes_needed:
+        raise EnvironmentFault(
+            f"{folder} needs about {bytes_needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free.",
+            f"df -h {existing}",
+        )

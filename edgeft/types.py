@@ -1,0 +1,117 @@
+"""What the stages hand to each other, as files and as frozen dataclasses.
+
+Import-light on purpose. Every type names its schema and version; units stand in the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from edgeft.errors import UsageError
+from edgeft.files import read_json, write_json
+
+
+class Stored:
+    """A dataclass kept as a JSON file with its schema in it."""
+
+    SCHEMA: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value as plain JSON types, schema first."""
+        return {"schema": self.SCHEMA, **asdict(self)}  # type: ignore[call-overload]
+
+    def save(self, path: Path) -> None:
+        """Write the value atomically."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a value. Raises UsageError where the schema is another or a field is missing."""
+        value = read_json(path)
+        found = value.get("schema") if isinstance(value, dict) else None
+        if found != cls.SCHEMA:
+            raise UsageError(
+                f"{path} has the schema {found!r}, and {cls.SCHEMA!r} is needed.",
+                "make it again with this edgeft",
+            )
+        names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        try:
+            return cls(**{k: v for k, v in value.items() if k in names})
+        except TypeError as error:
+            raise UsageError(f"{path} is not whole: {error}.", "make it again with this edgeft") from None
+
+
+@dataclass(frozen=True)
+class Artifact(Stored):
+    """One folder that can be served, and how it came to be: `artifact.json`."""
+
+    SCHEMA: ClassVar[str] = "edgeft/artifact@1"
+
+    id: str  # the folder's name, as gguf-q4_k_m
+    format: str  # safetensors, gguf, onnx, gptq
+    variant: str  # q4_k_m, int8, 4, …
+    engine: str  # the name of the engine that runs it
+    model_name: str
+    created_at: str  # UTC, ISO 8601
+    made_from: dict[str, Any]  # base, adapter, merged: names, origins, hashes
+    recipe: dict[str, Any]  # what to type to make it again
+    recipe_sha256: str  # over everything that decides the result; the key for reuse
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]  # relative path -> {bytes, sha256}
+    size_bytes: int
+    parameters: int
+    bits_per_weight: float  # measured: 8 * bytes of the tensors / parameters of the model
+    tensor_types: dict[str, dict[str, int]]  # type -> {tensors, parameters}
+    fallback_share: float | None  # share of the parameters whose width the asked type can't hold
+    seen_rows: dict[str, list[str]]  # kind of step -> hashes of the rows it saw
+    cost: dict[str, float]  # wall_s and peak_rss_bytes of making it
+
+    @property
+    def sha256(self) -> str:
+        """One hash over names and contents of all files."""
+        from edgeft.files import sha256_json
+
+        return sha256_json({name: f["sha256"] for name, f in self.files.items()})
+
+
+@dataclass(frozen=True)
+class BenchReport(Stored):
+    """What was measured of a set of artefacts on one box: `report.json`. Per-item results are in `items.jsonl`."""
+
+    SCHEMA: ClassVar[str] = "edgeft/report@1"
+
+    created_at: str
+    environment: dict[str, Any]
+    profile: dict[str, Any]
+    workload: dict[str, Any]
+    results: list[dict[str, Any]]  # one a model under test
+    reference: str | None  # the id that KLD and retention are measured against
+    seen_rows: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy(Stored):
+    """A fitted router: `policy/policy.json`; its weights lie beside it as safetensors."""
+
+    SCHEMA: ClassVar[str] = "edgeft/policy@1"
+
+    created_at: str
+    weak: dict[str, Any]  # candidate: id, kind (artifact, api), path or model, artifact_sha256, prices
+    strong: dict[str, Any]
+    features: dict[str, Any]
+    threshold: float  # a request whose predicted gain is at or above goes to the strong one
+    fitted: dict[str, Any]  # n, how the threshold was chosen, what it gives on rows that fitting did not see
+    seen_rows: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where one request goes, and why."""
+
+    choice: str  # the candidate's id
+    role: str  # weak or strong
+    predicted_gain: float  # expected score of strong minus weak for this request
+    threshold: float
+    reason: str

@@ -1,0 +1,157 @@
+"""The whole line on shipped data, with the commands a user would type: adapter to bill.
+
+pull -> tune -> compress -> bench -> route -> serve -> tco. What stands in demo-out/ from an earlier
+run is reused; the measurements are always taken anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parent / "demo-out"
+DESK = HERE / "desk"
+EDGEFT = [sys.executable, "-m", "edgeft"]
+BASE = "smollm2-135m-instruct"
+FORMATS = ["gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "gguf:q3_k_m", "onnx:int8", "onnx:int4", "gptq:4"]
+WEAK, STRONG = "gguf-q3_k_m", "gguf-q8_0"
+
+
+def edgeft(*words: str | Path) -> None:
+    """Run one command of edgeft, shown as it would be typed; end the demo where it fails."""
+    typed = " ".join(
+        os.path.relpath(w) if isinstance(w, Path) else (f"'{w}'" if " " in w else w) for w in words
+    )
+    print(f"\n$ edgeft {typed}", flush=True)
+    code = subprocess.run([*EDGEFT, *map(str, words)], check=False).returncode
+    if code != 0:
+        sys.exit(code)
+
+
+def chapter(title: str) -> None:
+    """A heading with the time since the start."""
+    print(f"\n== {title}  [{time.monotonic() - STARTED:.0f} s]", flush=True)
+
+
+def compress_and_bench() -> None:
+    """Tune, compress and measure."""
+    chapter("1. Tune an adapter (5 minutes at most)")
+    edgeft("tune", BASE, "--data", DESK / "train.jsonl", "--out", OUT / "adapter", "--max-seconds", "240")
+    chapter("2. Merge and quantize")
+    wanted = [word for spec in FORMATS for word in ("--to", spec)]
+    edgeft(
+        "compress",
+        BASE,
+        "--adapter",
+        OUT / "adapter",
+        *wanted,
+        "--calibration",
+        DESK / "calibrate.jsonl",
+        "--out",
+        OUT / "dist",
+    )
+    edgeft("compress", BASE, "--to", "gguf:q8_0", "--out", OUT / "base", "--name", "base")
+    chapter("3. Measure (5 minutes at most)")
+    edgeft(
+        "bench", OUT / "dist", OUT / "base" / "gguf-q8_0", "--profile", "auto", "--tasks", DESK / "report.jsonl",
+        "--limit", "100", "--repetitions", "3", "--fidelity-rows", "24", "--out", OUT / "report",
+    )  # fmt: skip
+
+
+def fit_router() -> None:
+    """Fit a router between two artefacts on rows that neither training nor the report saw."""
+    chapter(f"4. Route between {WEAK} (small) and {STRONG} (large)")
+    edgeft(
+        "bench", OUT / "dist" / WEAK, OUT / "dist" / STRONG, "--tasks", DESK / "select.jsonl", "--no-speed", "--no-fidelity",
+        "--out", OUT / "select",
+    )  # fmt: skip
+    edgeft("route", "fit", OUT / "select", "--weak", WEAK, "--strong", STRONG, "--out", OUT / "policy")
+    edgeft("route", "evaluate", OUT / "policy", OUT / "report")
+
+
+def serve_and_ask() -> None:
+    """Start the proxy, send a dozen requests and two repeats, show where each went."""
+    chapter("5. Serve it, and ask")
+    command = [
+        *EDGEFT,
+        "serve",
+        "--policy",
+        str(OUT / "policy"),
+        "--port",
+        "0",
+        "--cache",
+        str(OUT / "cache"),
+        "--json",
+    ]
+    print(f"\n$ edgeft serve --policy {os.path.relpath(OUT / 'policy')}", flush=True)
+    proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert proxy.stdout is not None
+        line = proxy.stdout.readline()
+        if not line:
+            sys.exit(proxy.wait())
+        url = json.loads(line)["url"]
+        rows = [json.loads(line) for line in (DESK / "report.jsonl").read_text().splitlines()][100:112]
+        asked = [*rows, rows[0], rows[5]]
+        print(f"\n{'request':58s} {'went to':12s} {'cache':5s} {'gain':>6s} {'ms':>6s}  answer (expected)")
+        for row in asked:
+            body = {"model": "auto", "messages": row["messages"][:-1], "temperature": 0, "max_tokens": 16}
+            started = time.perf_counter()
+            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            spent_ms = 1e3 * (time.perf_counter() - started)
+            reply.raise_for_status()
+            answer, head = reply.json()["choices"][0]["message"]["content"], reply.headers
+            right = "" if answer == row["messages"][-1]["content"] else f" ({row['messages'][-1]['content']})"
+            request = row["messages"][-2]["content"]
+            request = request if len(request) <= 58 else request[:57] + "…"
+            gain = head.get("x-edgeft-gain", "")
+            print(
+                f"{request:58s} {head['x-edgeft-route']:12s} {head['x-edgeft-cache']:5s} {gain:>6s} {spent_ms:6.0f}  {answer}{right}"
+            )
+        hits = re.findall(r"^edgeft_cache\S*hit\S* ([\d.]+)", httpx.get(f"{url}/metrics").text, re.M)
+        print(f"\n/metrics counts {sum(map(float, hits)):.0f} answers from the cache")
+    finally:
+        proxy.send_signal(signal.SIGINT)
+        proxy.wait(20)
+
+
+def main() -> None:
+    """The line."""
+    print(f"edgeft demo: {BASE}, {os.cpu_count()} cores, into {OUT.name}/")
+    chapter("0. The machine and the base model")
+    edgeft("pull", BASE)
+    compress_and_bench()
+    fit_router()
+    serve_and_ask()
+    chapter("6. What it costs")
+    edgeft(
+        "tco",
+        "--report",
+        OUT / "report",
+        "--profile",
+        "intel-n100",
+        "--model",
+        "gguf-q4_k_m",
+        "--out",
+        OUT / "tco.md",
+    )
+    print(
+        f"\nDone in {(time.monotonic() - STARTED) / 60:.1f} minutes. The report with its plots:\n  {OUT / 'report' / 'report.html'}"
+    )
+
+
+if __name__ == "__main__":
+    STARTED = time.monotonic()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

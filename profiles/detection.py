@@ -1,0 +1,318 @@
+"""What this box is. A figure that can't be read is None, and `reasons` says why; nothing is guessed.
+
+Reads /proc and /sys on Linux, sysctl on macOS, nvidia-smi where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+CPUINFO = Path("/proc/cpuinfo")
+CPU_FOLDER = Path("/sys/devices/system/cpu")
+X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "f16c", "fma")
+ARM = {"neon": "asimd", "dotprod": "asimddp", "i8mm": "i8mm", "sve": "sve"}  # our name -> the kernel's
+MACOS = {"neon": "AdvSIMD", "dotprod": "arm.FEAT_DotProd", "i8mm": "arm.FEAT_I8MM"}
+
+
+def detect(measure: bool = True) -> dict[str, Any]:
+    """This box as a dict whose top keys are a profile's own (`id`, `ram_gb`, `bandwidth_gb_per_s`, …).
+
+    With `measure` reads memory and multiplies matrices for a few seconds; without, takes no time to
+    speak of and leaves those figures None. The id is made of CPU, cores and memory, so the same box
+    gets the same id. `kind` is cpu: what is measured is what edgeft's CPU engines use.
+    """
+    reasons: dict[str, str] = {}
+    cpu, memory, gpu = cpu_facts(reasons), memory_facts(reasons), gpu_facts(reasons)
+    bandwidth = gemm = None
+    if measure:
+        bandwidth, gemm = _measure(cpu, memory, reasons)
+    else:
+        reasons["bandwidth_gb_per_s"] = reasons["gemm_f32_gflop_per_s"] = (
+            "not asked for: detect(measure=False)"
+        )
+    ram_gb = round(memory["total_bytes"] / 1e9, 1) if memory["total_bytes"] else None
+    cores = cpu["usable_cores"]
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    box: dict[str, Any] = {
+        "id": box_id(cpu["model"], cores, ram_gb),
+        "name": f"{cpu['model'] or platform.machine()}, {cores} cores"
+        + (f", {ram_gb:.0f} GB" if ram_gb else ""),
+        "kind": "cpu",
+        "ram_gb": ram_gb,
+        "vram_gb": gpu[0]["vram_gb"] if gpu else None,
+        "bandwidth_gb_per_s": bandwidth["gb_per_s"] if bandwidth else None,
+        "gemm_f32_gflop_per_s": gemm["gflop_per_s"] if gemm else None,
+        "as_of": now[:10],
+        "source": "edgeft profiles detect",
+        "limits": {},
+        "detected_at": now,
+        "cpu": cpu,
+        "memory": memory,
+        "disk": {"path": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
+        "os": {
+            "system": platform.system(),
+            "kernel": platform.release(),
+            "machine": platform.machine(),
+            "name": _os_name(),
+        },
+        "virtualized": virtualized(reasons),
+        "gpu": gpu,
+        "bandwidth": bandwidth,
+        "gemm_f32": gemm,
+        "thermal_c": thermal_sensors(reasons),
+        "load_average_1m": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+    figures = ("ram_gb", "vram_gb", "bandwidth_gb_per_s")
+    return {**box, "basis": {k: "measured" for k in figures if box[k] is not None}, "reasons": reasons}
+
+
+def box_id(model: str | None, cores: int, ram_gb: float | None) -> str:
+    """An id that the same box gets again, as `detected-amd-epyc-2c-25gb`."""
+    words = re.sub(
+        r"\((r|tm)\)|\bcpu\b|@.*|\b\d+-core processor\b", " ", (model or platform.machine()).lower()
+    )
+    slug = "-".join(re.findall(r"[a-z0-9]+", words))[:40].strip("-") or "unknown"
+    return f"detected-{slug}-{cores}c" + (f"-{ram_gb:.0f}gb" if ram_gb else "")
+
+
+def as_profile(box: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a detected box that a profile file holds, ready for YAML."""
+    from edgeft.profiles.loader import FIGURES
+
+    value = {key: box[key] for key in ("id", "name", "kind", *FIGURES) if box.get(key) is not None}
+    method = (box.get("bandwidth") or {}).get("method")
+    notes = f"Bandwidth: {method}. " if method else ""
+    return {
+        **value,
+        "basis": box["basis"],
+        "as_of": box["as_of"],
+        "source": box["source"],
+        "notes": notes + "power_idle_w, power_load_w and price_usd are not known until you add them.",
+    }
+
+
+def _measure(cpu: dict[str, Any], memory: dict[str, Any], reasons: dict[str, str]) -> tuple[Any, Any]:
+    try:
+        from edgeft.profiles.probes import gemm_f32, read_bandwidth
+
+        bandwidth = read_bandwidth(
+            cpu["usable_cores"], cpu["last_level_cache_bytes"], memory["available_bytes"]
+        )
+        gemm = gemm_f32()
+    except ImportError as error:
+        reasons["bandwidth_gb_per_s"] = reasons["gemm_f32_gflop_per_s"] = f"this needs {error.name}"
+        return None, None
+    if bandwidth["reason"]:
+        reasons["bandwidth_gb_per_s"] = bandwidth["reason"]
+    return bandwidth, gemm
+
+
+def cpu_facts(reasons: dict[str, str]) -> dict[str, Any]:
+    """Model, cores, instruction sets, caches and governor of the CPU."""
+    physical = None
+    try:
+        import psutil
+
+        physical = psutil.cpu_count(logical=False)
+    except ImportError:
+        pass
+    if physical is None:
+        reasons["cpu.physical_cores"] = "psutil can't tell"
+    caches = _caches(reasons)
+    return {
+        "model": _cpu_model(reasons),
+        "physical_cores": physical,
+        "logical_cores": os.cpu_count() or 1,
+        "usable_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        "isa": instruction_sets(reasons),
+        "caches": caches,
+        "last_level_cache_bytes": _last_level(caches),
+        "governor": _governor(reasons),
+    }
+
+
+def instruction_sets(reasons: dict[str, str]) -> dict[str, bool] | None:
+    """The instruction sets that matter for inference on this architecture, each with whether it is there."""
+    machine = platform.machine().lower()
+    arm = machine in ("aarch64", "arm64")
+    if CPUINFO.exists():
+        flags = set(_cpuinfo("flags" if not arm else "Features").split())
+        if flags:
+            wanted = ARM if arm else {name: name for name in X86}
+            return {name: flag in flags for name, flag in wanted.items()}
+    if sys.platform == "darwin" and arm:
+        return {name: _sysctl(f"hw.optional.{key}") == "1" for name, key in MACOS.items()}
+    reasons["cpu.isa"] = f"no list of CPU flags on {platform.system()} {machine}"
+    return None
+
+
+def _cpu_model(reasons: dict[str, str]) -> str | None:
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string")
+    device_tree = Path("/proc/device-tree/model")
+    model = _cpuinfo("model name") or _cpuinfo("Model") or (_read(device_tree) or "").strip("\0 ")
+    if not model:
+        reasons["cpu.model"] = "neither /proc/cpuinfo nor the device tree names it"
+    return model or None
+
+
+def _cpuinfo(key: str) -> str:
+    """The first value of a key of /proc/cpuinfo."""
+    found = re.search(rf"^{re.escape(key)}\s*:\s*(.*)$", _read(CPUINFO) or "", re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def _caches(reasons: dict[str, str]) -> list[dict[str, Any]]:
+    """Level, type, bytes and count of each kind of cache; the CPUs that share one tell instances apart."""
+    seen: dict[tuple[int, str, int], set[str]] = {}
+    for index in CPU_FOLDER.glob("cpu[0-9]*/cache/index*"):
+        size, shared = _read(index / "size"), _read(index / "shared_cpu_list")
+        level, kind = _read(index / "level"), _read(index / "type")
+        if size and shared and level and kind:
+            units = {"K": 1024, "M": 1024**2, "G": 1024**3}
+            byte_count = int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size)
+            seen.setdefault((int(level), kind, byte_count), set()).add(shared)
+    if not seen:
+        reasons["cpu.caches"] = f"{CPU_FOLDER}/cpu*/cache says nothing"
+    return [{"level": n, "type": k, "bytes": b, "count": len(s)} for (n, k, b), s in sorted(seen.items())]
+
+
+def _last_level(caches: list[dict[str, Any]]) -> int | None:
+    """Bytes of the last level over all its instances."""
+    if not caches:
+        return None
+    last = max(c["level"] for c in caches)
+    return sum(c["bytes"] * c["count"] for c in caches if c["level"] == last)
+
+
+def _governor(reasons: dict[str, str]) -> str | None:
+    governor = _read(CPU_FOLDER / "cpu0/cpufreq/scaling_governor")
+    if governor is None:
+        reasons["cpu.governor"] = "no cpufreq here, as in most virtual machines"
+    return governor
+
+
+def memory_facts(reasons: dict[str, str]) -> dict[str, Any]:
+    """Bytes of memory: total, available, and the control group's limit where it is below the total."""
+    try:
+        import psutil
+
+        memory = psutil.virtual_memory()
+    except ImportError:
+        reasons["memory"] = "this needs psutil"
+        return {"total_bytes": None, "available_bytes": None, "cgroup_limit_bytes": None}
+    limit = None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = _read(Path(path))
+        if text and text.isdigit() and int(text) < memory.total:
+            limit = int(text)
+    return {
+        "total_bytes": memory.total,
+        "available_bytes": min(memory.available, limit or memory.available),
+        "cgroup_limit_bytes": limit,
+    }
+
+
+def gpu_facts(reasons: dict[str, str]) -> list[dict[str, Any]] | None:
+    """NVIDIA GPUs by nvidia-smi: name, VRAM (10**9 bytes), driver, power limit. None without an answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        reasons["gpu"] = "nvidia-smi is not on the PATH; GPUs of other makers are not looked for"
+        return None
+    query = [
+        tool,
+        "--query-gpu=name,memory.total,driver_version,power.limit",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reasons["gpu"] = f"nvidia-smi did not answer: {error}"
+        return None
+    rows = [
+        [cell.strip() for cell in line.split(",")]
+        for line in done.stdout.splitlines()
+        if line.count(",") == 3
+    ]
+    if done.returncode != 0 or not rows:
+        reasons["gpu"] = (
+            f"nvidia-smi failed (exit {done.returncode}): {(done.stdout + done.stderr).strip()[:200]}"
+        )
+        return None
+    return [
+        {
+            "name": name,
+            "vram_gb": _scaled(mib, 1.048576e-3),
+            "driver": driver,
+            "power_limit_w": _scaled(watts, 1),
+        }
+        for name, mib, driver, watts in rows
+    ]
+
+
+def _scaled(text: str, factor: float) -> float | None:
+    try:
+        return round(float(text) * factor, 1)
+    except ValueError:
+        return None
+
+
+def virtualized(reasons: dict[str, str]) -> bool | None:
+    """Whether a hypervisor shows itself to the CPU (x86 on Linux), else None."""
+    flags = _cpuinfo("flags").split()
+    if flags:
+        return "hypervisor" in flags
+    reasons["virtualized"] = "only x86 on Linux shows it"
+    return None
+
+
+def thermal_sensors(reasons: dict[str, str]) -> dict[str, float] | None:
+    """Temperatures in degrees Celsius by sensor."""
+    try:
+        import psutil
+
+        found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    except (ImportError, OSError):
+        found = {}
+    if not found:
+        reasons["thermal_c"] = "no sensor shows itself"
+        return None
+    return {
+        f"{chip}{i if i else ''} {s.label}".strip(): s.current
+        for chip, many in found.items()
+        for i, s in enumerate(many)
+    }
+
+
+def _os_name() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.platform()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _sysctl(key: str) -> str | None:
+    try:
+        done = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

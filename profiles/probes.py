@@ -1,0 +1,119 @@
+"""Measure a box: reading memory and multiplying matrices, with numpy alone.
+
+Each figure comes with its method. A box that other work keeps busy measures low, so the load
+average is recorded beside them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+MB = 1_000_000
+
+
+def read_bandwidth(
+    threads: int, cache_bytes: int | None, free_bytes: int | None, budget_s: float = 2.0
+) -> dict[str, Any]:
+    """Memory read bandwidth in GB/s (10**9 bytes): the best pass of three read kernels, one thread a core.
+
+    The array is at least 4x the last-level cache (metrics.md, Roofline); where a quarter of the free
+    memory does not hold that, the figure is left out. `budget_s` bounds the time of all passes.
+    """
+    import numpy as np
+
+    wanted = max(256 * MB, 4 * (cache_bytes or 64 * MB))
+    if free_bytes is not None and wanted > free_bytes / 4:
+        return _absent(
+            f"an array of 4x the last-level cache ({wanted / 1e9:.1f} GB) is over a quarter of free memory"
+        )
+    count = wanted // threads // 8 * 2  # float32; even, so that it can be viewed as 64-bit words
+    parts: list[Any] = [None] * threads
+
+    def fill(index: int) -> None:  # each thread touches its own pages first
+        parts[index] = np.ones(count, dtype=np.float32)
+
+    _together([partial(fill, i) for i in range(threads)])
+    kernels: dict[str, Callable[[Any], Any]] = {
+        "max of float32": np.max,
+        "sum of float64": lambda part: part.view(np.float64).sum(),
+        "or of int64": lambda part: np.bitwise_or.reduce(part.view(np.int64)),
+    }
+    best = {}
+    for name, kernel in kernels.items():
+        passes: list[float] = []
+        until = time.perf_counter() + budget_s / len(kernels)
+        while len(passes) < 2 or (time.perf_counter() < until and len(passes) < 20):
+            passes.append(_together([partial(kernel, part) for part in parts]))
+        best[name] = count * 4 * threads / min(passes) / 1e9
+    winner = max(best, key=lambda name: best[name])
+    cache = f"{cache_bytes / MB:.0f} MB" if cache_bytes else "of unknown size"
+    return {
+        "gb_per_s": round(best[winner], 2),
+        "kernels_gb_per_s": {name: round(value, 2) for name, value in best.items()},
+        "method": f"best pass of {len(kernels)} numpy read kernels ({winner}), "
+        f"{threads} threads over {wanted / MB:.0f} MB; last-level cache {cache}",
+        "reason": None,
+    }
+
+
+def gemm_f32(budget_s: float = 1.2) -> dict[str, Any]:
+    """Matrix multiplication in float32, GFLOP/s: the best pass of 2 n**3 / time over n = 512, 1024, 2048."""
+    import numpy as np
+
+    best, best_n = 0.0, 0
+    started = time.perf_counter()
+    for n in (512, 1024, 2048):
+        a = np.full((n, n), 0.5, dtype=np.float32)
+        out = np.empty_like(a)
+        spans: list[float] = []
+        if best and 2 * n**3 / best / 1e9 > budget_s / 2:
+            break  # one pass would take too long on this box
+        while len(spans) < 2 or (len(spans) < 5 and time.perf_counter() - started < budget_s):
+            begun = time.perf_counter()
+            np.matmul(a, a, out=out)
+            spans.append(time.perf_counter() - begun)
+        rate = 2 * n**3 / min(spans) / 1e9
+        if rate > best:
+            best, best_n = rate, n
+    return {
+        "gflop_per_s": round(best, 1),
+        "method": f"best pass of numpy float32 matmul, n = {best_n}, BLAS: {_blas()}, its own threads",
+        "reason": None,
+    }
+
+
+def _blas() -> str:
+    import numpy as np
+
+    try:
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{blas['name']} {blas['version']}"
+    except (KeyError, TypeError):
+        return "not known"
+
+
+def _absent(reason: str) -> dict[str, Any]:
+    return {"gb_per_s": None, "kernels_gb_per_s": {}, "method": None, "reason": reason}
+
+
+def _together(tasks: Sequence[Callable[[], Any]]) -> float:
+    """Run each task in a thread of its own; seconds from the first start to the last end."""
+    gate = threading.Barrier(len(tasks))
+    spans: list[tuple[float, float]] = []
+
+    def run(task: Callable[[], Any]) -> None:
+        gate.wait()
+        begun = time.perf_counter()
+        task()
+        spans.append((begun, time.perf_counter()))
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return max(end for _, end in spans) - min(begun for begun, _ in spans)

@@ -1,0 +1,73 @@
+"""A request's text as a sparse vector: hashed words and word pairs.
+
+Knows nothing of models or scores. The same text gives the same vector in every process and on every
+machine (crc32, not Python's salted hash).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+DIMENSIONS = 4096
+MAX_CHARACTERS = 2000  # the beginning decides; bounds the time of a decision
+SPEC: dict[str, Any] = {
+    "kind": "hashed-ngrams",
+    "version": 1,
+    "dimensions": DIMENSIONS,
+    "ngrams": [1, 2],
+    "hash": "crc32, top bit as sign",
+    "counts": "1 + log(count), rows of length 1",
+    "max_characters": MAX_CHARACTERS,
+}
+WORD = re.compile(r"\w+")
+
+
+def vector(text: str) -> dict[int, float]:
+    """Column -> value, of length 1 (or empty, where the text has no word)."""
+    words = [word.encode(errors="replace") for word in WORD.findall(text[:MAX_CHARACTERS].lower())]
+    singles = [crc32(word) for word in words]
+    # crc32(b, crc32(a)) is crc32(a + b): the pair "a b" without joining it.
+    pairs = [crc32(b" " + word, before) for before, word in zip(singles, words[1:], strict=False)]
+    found: dict[int, float] = {}
+    for hashed, count in Counter(singles + pairs).items():
+        value = 1.0 if count == 1 else 1.0 + math.log(count)
+        column = hashed % DIMENSIONS
+        found[column] = found.get(column, 0.0) + (value if hashed >> 31 else -value)
+    length = math.sqrt(sum(value * value for value in found.values()))
+    return {column: value / length for column, value in found.items()} if length else {}
+
+
+def matrix(texts: Sequence[str]) -> np.ndarray:
+    """The vectors of several texts, float64 [len(texts), DIMENSIONS]."""
+    rows = np.zeros((len(texts), DIMENSIONS))
+    for row, text in zip(rows, texts, strict=True):
+        sparse = vector(text)
+        row[list(sparse)] = list(sparse.values())
+    return rows
+
+
+def request_text(request: str | Sequence[dict[str, Any]]) -> str:
+    """What the router looks at: the text itself, or that of the last user message."""
+    if isinstance(request, str):
+        return request
+    for message in reversed(request):
+        if message.get("role") == "user":
+            return content_text(message.get("content"))
+    return ""
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content: a string, or OpenAI's list of parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    texts = [part.get("text") for part in content if isinstance(part, dict)]
+    return "\n".join(text for text in texts if isinstance(text, str))

@@ -1,0 +1,51 @@
+"""What the proxy counts, in Prometheus' form, in a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """Counters and histograms of one proxy. Labels hold ids and statuses, never text of requests."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry}
+        self.requests = Counter(
+            "edgeft_requests",
+            "Chat requests by candidate and HTTP status (499: client left).",
+            ("route", "status"),
+            **own,
+        )
+        self.duration_s = Histogram(
+            "edgeft_request_duration_seconds",
+            "From request to last byte.",
+            ("route",),
+            buckets=SECONDS,
+            **own,
+        )
+        self.ttft_s = Histogram(
+            "edgeft_ttft_seconds",
+            "From request to the first output of the engine, waiting included.",
+            ("route",),
+            buckets=SECONDS,
+            **own,
+        )
+        self.cache = Counter("edgeft_cache", "Look-ups in the exact cache.", ("result",), **own)
+        self.tokens = Counter(
+            "edgeft_tokens",
+            "Tokens as the engine counted them; hits not included.",
+            ("route", "direction"),
+            **own,
+        )
+        self.unresolved = Counter(
+            "edgeft_usage_unresolved", "Answers whose engine told no usage.", ("route",), **own
+        )
+        self.in_flight = Gauge("edgeft_in_flight", "Requests in the engine.", ("route",), **own)
+        self.waiting = Gauge("edgeft_waiting", "Requests in the queue.", ("route",), **own)
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)
