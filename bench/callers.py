@@ -33,7 +33,9 @@ def caller(
             yield lambda body: chat(client, url, {**body, "model": model}, key), None
         else:
             assert target.path is not None
-            with LocalModel(target.path, target.engine, log=log, threads=threads, context=context) as local:
+            with LocalModel(
+                target.path, target.engine, log=log, threads=threads, context=context, sample_memory=True
+            ) as local:
 
                 def ask(body: dict[str, Any]) -> Reply:
                     try:

@@ -145,6 +145,6 @@ def _figures(found: dict[str, Any], keep: Any) -> dict[str, Any]:
         "right_probability_rms": float(np.sqrt((right**2).mean())),
         "perplexity": float(np.exp(np.concatenate(take["nll"]).mean())),
         "perplexity_reference": float(np.exp(np.concatenate(take["nll_reference"]).mean())),
-        "positions": int(len(kld)),
+        "positions": len(kld),
         "rows": len(counts),
     }

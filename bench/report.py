@@ -65,9 +65,11 @@ def notes(report: BenchReport) -> list[str]:
     found = next((r["fidelity"] for r in report.results if r["fidelity"]), None)
     lines = [
         f"Measured {report.created_at} on {box_name(report)}, {w['threads']} threads, with {', '.join(builds) or 'remote servers'}.",
-        f"right %: answers of {w['rows']} rows of {w['tasks']}, greedy, at most {w['max_tokens']} tokens; ± is half of Wilson's 95 % interval.",
+        f"right %: answers of {w['rows']} rows of {w['tasks']}, greedy, at most {w['max_tokens']} tokens; "
+        "± is half of Wilson's 95 % interval.",
         "lost/gained: rows that the merged model has right and this one wrong, and the other way round.",
-        "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; decode tok/s = (n-1)/(e2e - TTFT); one stream.",
+        "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; "
+        "decode tok/s = (n-1)/(e2e - TTFT); one stream.",
         "peak MB: resident memory over the process tree, sampled every 50 ms; the pages of a memory-mapped file count when touched.",
         "start s: from spawning the process to ready, imports included.",
     ]  # fmt: skip

@@ -16,7 +16,6 @@ from edgeft.bench.report import write_report
 from edgeft.bench.stats import mcnemar
 from edgeft.bench.targets import Target, find
 from edgeft.engines.local import default_threads
-from edgeft.errors import UsageError
 from edgeft.files import read_json, sha256_file, sha256_json, write_json
 from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash
 from edgeft.types import BenchReport
@@ -133,9 +132,7 @@ def one(
                         ask, rows, workload.repetitions, workload.output_tokens, workload.prompt_chars
                     )
             result["accuracy"], answers = measure.accuracy(target, ask, rows, max_tokens, say)
-            if local:
-                local.memory.sample_once()
-        if local:
+        if local and local.memory:
             result["memory"] = {f"peak_{k}": v for k, v in local.memory.peak.items()}
             result["memory"]["over"] = "process tree, sampled every 50 ms; load, speed and accuracy runs"
         if target.kind == "api":
@@ -245,12 +242,9 @@ def price_of(target: Target, accuracy: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile_of(name: str) -> dict[str, Any]:
-    """The box: `auto` looks at this one, else a profile by its id."""
+    """The box: `auto` looks at this one and measures its bandwidth; else a profile by its id, this box's facts beside it."""
     from edgeft import profiles
 
     if name == "auto":
-        return {"id": "this-box", **profiles.detect(measure=False)}
-    found = profiles.get_profile(name)
-    if not hasattr(found, "__dataclass_fields__"):
-        raise UsageError(f"the profile '{name}' can't be read.", "edgeft profiles list")
-    return asdict(found)
+        return {"id": "this-box", **profiles.detect(measure=True)}
+    return {**asdict(profiles.get_profile(name)), "measured_on": profiles.detect(measure=False)}

@@ -25,7 +25,7 @@ def dequantize(gguf: str, out: str) -> dict[str, Any]:
         del config.quantization_config
     config.dtype = torch.float16
     # A fresh model of the same class: the loaded one still counts as quantized and refuses to be saved.
-    model = type(loaded)(config)
+    model: Any = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -24,7 +24,7 @@ ORIGIN = "edgeft-origin.json"
 HUB_FILES = [
     "*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*", "README.md",
 ]  # fmt: skip
-HUB_DEADLINE_S = 4.0
+HUB_DEADLINE_S = 3.0
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "smollm2-135m-instruct": {

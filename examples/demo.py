@@ -45,7 +45,18 @@ def chapter(title: str) -> None:
 def compress_and_bench() -> None:
     """Tune, compress and measure."""
     chapter("1. Tune an adapter (5 minutes at most)")
-    edgeft("tune", BASE, "--data", DESK / "train.jsonl", "--out", OUT / "adapter", "--max-seconds", "240")
+    edgeft(
+        "tune",
+        BASE,
+        "--data",
+        DESK / "train.jsonl",
+        "--out",
+        OUT / "adapter",
+        "--last-layers",
+        "20",
+        "--max-seconds",
+        "255",
+    )
     chapter("2. Merge and quantize")
     wanted = [word for spec in FORMATS for word in ("--to", spec)]
     edgeft(

@@ -12,39 +12,39 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        own = self.registry
         self.requests = Counter(
             "edgeft_requests",
             "Chat requests by candidate and HTTP status (499: client left).",
             ("route", "status"),
-            **own,
+            registry=own,
         )
         self.duration_s = Histogram(
             "edgeft_request_duration_seconds",
             "From request to last byte.",
             ("route",),
             buckets=SECONDS,
-            **own,
+            registry=own,
         )
         self.ttft_s = Histogram(
             "edgeft_ttft_seconds",
             "From request to the first output of the engine, waiting included.",
             ("route",),
             buckets=SECONDS,
-            **own,
+            registry=own,
         )
-        self.cache = Counter("edgeft_cache", "Look-ups in the exact cache.", ("result",), **own)
+        self.cache = Counter("edgeft_cache", "Look-ups in the exact cache.", ("result",), registry=own)
         self.tokens = Counter(
             "edgeft_tokens",
             "Tokens as the engine counted them; hits not included.",
             ("route", "direction"),
-            **own,
+            registry=own,
         )
         self.unresolved = Counter(
-            "edgeft_usage_unresolved", "Answers whose engine told no usage.", ("route",), **own
+            "edgeft_usage_unresolved", "Answers whose engine told no usage.", ("route",), registry=own
         )
-        self.in_flight = Gauge("edgeft_in_flight", "Requests in the engine.", ("route",), **own)
-        self.waiting = Gauge("edgeft_waiting", "Requests in the queue.", ("route",), **own)
+        self.in_flight = Gauge("edgeft_in_flight", "Requests in the engine.", ("route",), registry=own)
+        self.waiting = Gauge("edgeft_waiting", "Requests in the queue.", ("route",), registry=own)
 
     def text(self) -> bytes:
         """The exposition format."""

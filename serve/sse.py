@@ -6,8 +6,9 @@ reply, streamed or not, can be made of it. Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import orjson
 
 Chunk = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
-FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter", "function_call")
+DRAIN_S = 1.0
 
 
 class BrokenStream(Exception):
@@ -75,7 +76,7 @@ def has_output(chunk: Chunk) -> bool:
     )
 
 
-async def read(lines: AsyncIterator[str]) -> AsyncIterator[Chunk]:
+async def read(lines: AsyncIterator[str]) -> AsyncGenerator[Chunk]:
     """The chunks of an upstream's event stream, up to [DONE] or its end.
 
     Raises BrokenStream for an event that is no JSON object or that reports an error.
@@ -85,6 +86,7 @@ async def read(lines: AsyncIterator[str]) -> AsyncIterator[Chunk]:
             continue  # comments, event names, blank lines
         data = line.partition(":")[2].strip()
         if data == "[DONE]":
+            await _drain(lines)
             return
         try:
             chunk = orjson.loads(data)
@@ -93,6 +95,16 @@ async def read(lines: AsyncIterator[str]) -> AsyncIterator[Chunk]:
         if not isinstance(chunk, dict) or "error" in chunk or line.startswith("error:"):
             raise BrokenStream("the engine reported an error")
         yield chunk
+
+
+async def _drain(lines: AsyncIterator[str]) -> None:
+    """Read to the end, so that the connection can be used again; an upstream that never ends is left."""
+    try:
+        async with asyncio.timeout(DRAIN_S):
+            async for _ in lines:
+                pass
+    except TimeoutError:
+        pass
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the engine's slot at once, closing a call that is not streamed does not.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ class Upstream(Protocol):
 
     slots: int  # requests at a time
 
-    def stream(self, fields: dict[str, Any]) -> AsyncIterator[Chunk]:
+    def stream(self, fields: dict[str, Any]) -> AsyncGenerator[Chunk]:
         """Chunks of OpenAI's chat.completion.chunk, usage among them where the upstream tells it.
 
         Raises Refusal before the first chunk, BrokenStream after. Closing the iterator ends the work.
@@ -58,7 +58,7 @@ class HttpUpstream:
             trust_env=local is None,
         )
 
-    async def stream(self, fields: dict[str, Any]) -> AsyncIterator[Chunk]:
+    async def stream(self, fields: dict[str, Any]) -> AsyncGenerator[Chunk]:
         import httpx
 
         body = {**fields, "model": self.model, "stream": True, "stream_options": {"include_usage": True}}
@@ -107,7 +107,7 @@ class LitellmUpstream:
         self.litellm, self.model = litellm, model
         litellm.suppress_debug_info = True
 
-    async def stream(self, fields: dict[str, Any]) -> AsyncIterator[Chunk]:
+    async def stream(self, fields: dict[str, Any]) -> AsyncGenerator[Chunk]:
         started = False
         try:
             response = await self.litellm.acompletion(

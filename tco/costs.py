@@ -58,7 +58,7 @@ def assumptions(changed: Mapping[str, float]) -> dict[str, float]:
             raise unknown("the assumption", name, values, f"edgeft tco --assume {next(iter(values))}=4 ...")
         values[name] = value
     for name, value in values.items():
-        not_negative(f"--assume {name}", value)
+        not_negative(f"--assume {name}", value, DEFAULTS[name][0])
     for name, top in (("headroom", 0.99), ("residual_share", 1)):
         if values[name] > top:
             raise UsageError(
@@ -75,12 +75,13 @@ def assumptions(changed: Mapping[str, float]) -> dict[str, float]:
     return values
 
 
-def not_negative(name: str, value: float) -> None:
+def not_negative(name: str, value: float, example: float) -> None:
     """Raises UsageError where a number is below zero, infinite or none."""
     if not 0 <= value < float("inf"):
+        joint = "=" if name.startswith("--assume") else " "
         raise UsageError(
             f"{name} is {value:g}, and a number of zero or more is needed.",
-            f"edgeft tco {name.split()[0]} ...",
+            f"edgeft tco {name}{joint}{example:g} ...",
         )
 
 
@@ -97,13 +98,14 @@ def compare(
     """The whole comparison as a dict: `verdict` (sentences, the answer first), `own`, `apis`,
     `assumptions`, `runs`, `notes`.
 
-    `own` and each of `apis` is a column. Columns map the keys of ROWS to Cells; a row without meaning for a column is absent.
+    `own` and each of `apis` is a column. It maps the keys of ROWS to Cells; a row without
+    meaning for a column is absent.
 
     Raises UsageError for negative numbers, unknown models and reports without tasks, EnvironmentFault
     where litellm is needed and not installed.
     """
-    not_negative("--requests-per-month", requests_per_month)
-    not_negative("--usd-per-kwh", usd_per_kwh)
+    not_negative("--requests-per-month", requests_per_month, 100_000)
+    not_negative("--usd-per-kwh", usd_per_kwh, 0.15)
     values = {
         **assumptions(assume or {}),
         "requests_per_month": requests_per_month,
@@ -137,7 +139,7 @@ def compare(
 def rival_prices(
     report: BenchReport, apis: tuple[str, ...]
 ) -> list[tuple[str, dict[str, Any], Measured | None]]:
-    """(name, price, what the report measured of it) of the models asked for, else the report's own and two more."""
+    """(name, price, what the report measured of it) of each model asked for, else of the default ones."""
     measured = api_models(report)
     names = [api_name(name) for name in apis]
     if not names:
@@ -156,7 +158,7 @@ def rival_prices(
 def own_column(
     m: Measured, report: BenchReport, p: Profile, v: Mapping[str, float], notes: list[str]
 ) -> Column:
-    """The own box. Hardware: metrics.md's capital recovery plus maintenance; energy by idle and load power."""
+    """The own box: capital recovery plus maintenance (metrics.md), energy by idle and load power."""
     requests = v["requests_per_month"]
     seconds = request_seconds(m, report, p, notes)
     value = seconds.value or 0.0
@@ -203,6 +205,8 @@ def request_seconds(m: Measured, report: BenchReport, p: Profile, notes: list[st
     seconds = m.e2e_s or 0.0
     box = report.profile.get("id", "an unnamed box")
     if box == p.id:
+        if "detected_at" not in report.profile:
+            notes.append(f"That the report was measured on {p.id} is what bench was told; it did not look.")
         return Cell(seconds, f"{seconds:.3f} s", (MEASURED,), f"mean of {m.e2e_n} requests", m.run)
     note = f"measured on {box}, not on {p.id}"
     there = report.profile.get("bandwidth_gb_per_s")
@@ -254,7 +258,7 @@ def api_column(
     v: Mapping[str, float],
     notes: list[str],
 ) -> Column:
-    """An API model at its list price; its tokens are its own where the report has them, else the artefact's."""
+    """An API model at its list price; its own tokens where the report has them, else the artefact's."""
     has_tokens = there is not None and there.tokens_in is not None and there.tokens_out is not None
     source = there if there is not None and has_tokens else own
     words = (MEASURED,) if has_tokens else (ASSUMED,)
@@ -330,6 +334,8 @@ def verdict(own: Column, rivals: Mapping[str, Column], m: Measured, p: Profile) 
         who = ", ".join(f"{name} at {usd(cost)} a month" for cost, name in dearer)
         own_box = f"The own box is cheaper: {usd(mine.value)} a month for {label}, against {who}."
         lines.append(f"Dearer than the own box: {who}." if cheaper else own_box)
+    if own["e2e_s"].tag == ASSUMED:
+        lines.append(f"The speed on {p.id} is assumed: {own['e2e_s'].note}.")
     if any(column["correct_share"].value is None for column in rivals.values()):
         lines.append("Price alone: what an API marked 'not measured' gets right was not measured.")
     return lines

@@ -16,7 +16,7 @@ FRONTIER, SMALL = "gpt-5.5", "gpt-4o-mini"
 
 
 def price_table() -> tuple[dict[str, Any], str]:
-    """(model -> litellm's entry, as-of text). Raises EnvironmentFault where litellm is not there or not whole."""
+    """(model -> litellm's entry, as-of text). Raises EnvironmentFault where litellm is absent or broken."""
     spec = importlib.util.find_spec("litellm")
     if spec is None or spec.origin is None:
         raise missing_extra("litellm", "api")

@@ -12,10 +12,10 @@ TAGS = (
     "A cell is as strong as the weakest figure it is made of; the others follow in brackets."
 )
 FORMULAS = (
-    "own = boxes * [(P - RV/(1+r)^n) * CRF(r,n)/12 + P*maintenance/12] + boxes * [load*u + idle*(1-u)]/1000 * 730 h * PUE "
-    "* USD/kWh + other",
-    "boxes = ceil(peak_rps / (rps*(1-headroom))) + spares, with rps = 1 / seconds a request: one request at a time, "
-    "so a lower bound of what a box can do until there is a concurrency sweep",
+    "own = boxes * [(P - RV/(1+r)^n) * CRF(r,n)/12 + P*maintenance/12] + energy + other",
+    "energy = boxes * [load*u + idle*(1-u)] W / 1000 * 730 h * PUE * USD/kWh, with u = time busy",
+    "boxes = ceil(peak_rps / (rps*(1-headroom))) + spares, with rps = 1 / seconds a request: one request at a "
+    "time, so a lower bound of what a box can do until there is a concurrency sweep",
     "API = requests * (1+retry) * (Tin*p_in + Tout*p_out); no cached, batch or long-context prices",
 )
 

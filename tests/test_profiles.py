@@ -17,14 +17,31 @@ from edgeft.profiles.loader import BASES, FIGURES, check
 from edgeft.profiles.probes import gemm_f32, read_bandwidth
 
 GOOD = {
-    "id": "mine", "name": "Mine", "kind": "cpu", "ram_gb": 16, "bandwidth_gb_per_s": 40.5, "price_usd": [100, 150],
+    "id": "mine", "name": "Mine", "kind": "cpu", "ram_gb": 16, "bandwidth_gb_per_s": 40.5,
+    "price_usd": [100, 150],
     "basis": {"ram_gb": "published"}, "as_of": "2026-11", "source": "the invoice",
 }  # fmt: skip
-IN_THE_RESEARCH_TABLE = (
-    "raspberry-pi-5-8gb raspberry-pi-5-16gb intel-n100 jetson-orin-nano-super jetson-agx-orin ryzen-8845hs-mini "
-    "ryzen-ai-max-395 dgx-spark mac-mini-m4 mac-mini-m4-pro mac-studio-m4-max rtx-4060 rtx-4090 rtx-5090 l4 l40s "
-    "a100-80 h100-sxm h200-sxm"
-).split()
+IN_THE_RESEARCH_TABLE = [
+    "raspberry-pi-5-8gb",
+    "raspberry-pi-5-16gb",
+    "intel-n100",
+    "jetson-orin-nano-super",
+    "jetson-agx-orin",
+    "ryzen-8845hs-mini",
+    "ryzen-ai-max-395",
+    "dgx-spark",
+    "mac-mini-m4",
+    "mac-mini-m4-pro",
+    "mac-studio-m4-max",
+    "rtx-4060",
+    "rtx-4090",
+    "rtx-5090",
+    "l4",
+    "l40s",
+    "a100-80",
+    "h100-sxm",
+    "h200-sxm",
+]
 
 
 @pytest.fixture(autouse=True)

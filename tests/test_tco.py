@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,20 +11,19 @@ from edgeft.console import output
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.profiles.loader import Profile
 from edgeft.tco import compare, formulas, markdown
+from edgeft.tco.costs import DEFAULTS
 from edgeft.tco.prices import FRONTIER, SMALL, list_price, price_table
 from edgeft.tco.render import to_json
 from edgeft.types import BenchReport
 
 BOX = Profile(
     id="box", name="Box", kind="cpu", as_of="2026-11", source="the invoice", ram_gb=16, bandwidth_gb_per_s=50,
-    power_idle_w=10, power_load_w=40, price_usd=(1200, 1200), basis={
-        "ram_gb": "published", "bandwidth_gb_per_s": "published", "power_idle_w": "estimate", "power_load_w": "estimate",
-        "price_usd": "published",
-    },
+    power_idle_w=10, power_load_w=40, price_usd=(1200, 1200),
+    basis={"power_idle_w": "estimate", "power_load_w": "estimate", "price_usd": "published"},
 )  # fmt: skip
 HAND = {  # the sheet's assumptions
-    "lifetime_years": 3, "interest_per_year": 0.10, "residual_share": 0.10, "maintenance_per_year": 0.06, "peak_factor": 4,
-    "headroom": 0.25, "spares": 1, "pue": 1.2, "retry_share": 0.02, "other_usd_per_month": 7,
+    "lifetime_years": 3, "interest_per_year": 0.10, "residual_share": 0.10, "maintenance_per_year": 0.06,
+    "peak_factor": 4, "headroom": 0.25, "spares": 1, "pue": 1.2, "retry_share": 0.02, "other_usd_per_month": 7,
 }  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_every_cell_is_tagged_and_measured_ones_name_their_run():
     for column in (value["own"], *value["apis"].values()):
         for key, cell in column.items():
             assert cell["tag"] in ("measured", "list price", "assumed", "not known"), key
-            assert (cell["value"] is None) == (cell["tag"] == "not known"), key
+            assert key == "break_even" or (cell["value"] is None) == (cell["tag"] == "not known"), key
             if "measured" in cell["rests_on"]:
                 assert cell["run"] == "report 2026-11-23T10:00:00+00:00, gguf-q4_k_m (abababababab)", key
     assert found["own"]["e2e_s"].tag == "measured"
@@ -257,3 +257,9 @@ def test_the_command_writes_the_same_numbers_three_times(tmp_path, capfd):
         assert text in shown and text.replace("$", "\\$") in page
     assert run(["tco", "--report", str(tmp_path), "--profile", "l4", "--requests-per-month", "-5"]) == 2
     assert len(capfd.readouterr().err.splitlines()) == 2
+
+
+def test_the_page_lists_every_assumption_with_its_value():
+    page = (Path(__file__).parent.parent / "docs" / "tco.md").read_text()
+    for name, (value, _) in DEFAULTS.items():
+        assert f"| `{name}` | {value:g} |" in page

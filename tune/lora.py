@@ -35,13 +35,14 @@ def train(base: str, data: str, out: str, work: str, recipe: dict[str, Any]) -> 
 
     torch.manual_seed(recipe["seed"])
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe["rank"],
         lora_alpha=recipe["alpha"],
         lora_dropout=recipe["dropout"],
-        target_modules="all-linear",
+        target_modules=linear_names(model),
+        layers_to_transform=last_layers(model.config.num_hidden_layers, recipe["last_layers"]),
     )
     model = get_peft_model(model, config)
 
@@ -121,6 +122,24 @@ def train(base: str, data: str, out: str, work: str, recipe: dict[str, Any]) -> 
         "rows_held_out": held,
         "trained_parameters": sum(p.numel() for p in parameters.values()),
     }
+
+
+def linear_names(model: Any) -> list[str]:
+    """The last part of the names of all linear layers but the head, as q_proj."""
+    import torch
+
+    head = model.get_output_embeddings()
+    found = {
+        n.rsplit(".", 1)[-1]
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head
+    }
+    return sorted(found)
+
+
+def last_layers(total: int, wanted: int | None) -> list[int] | None:
+    """Indices of the last `wanted` layers, or None for all: what lies below needs no backward pass."""
+    return list(range(max(0, total - wanted), total)) if wanted and wanted < total else None
 
 
 def encode(tokenizer: Any, row: Row, max_length: int) -> tuple[list[int], int] | None:

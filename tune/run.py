@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "max_length": 512,
     "held_out": 0.1,
     "max_seconds": None,
+    "last_layers": None,
 }
 
 

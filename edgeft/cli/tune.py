@@ -44,6 +44,7 @@ def command() -> None:
     type=click.FloatRange(1),
     help="End training in this time; the learning rate falls to suit.",
 )
+@click.option("--last-layers", type=click.IntRange(1), help="Adapt only the last layers (all if left out).")
 @click.option("--seed", type=int, default=7, show_default=True)
 @options
 def run(base: str, data: Path, out: Path, **changed: object) -> None:

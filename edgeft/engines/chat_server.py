@@ -75,7 +75,7 @@ def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandle
             pass
 
         def do_GET(self) -> None:
-            known = {
+            known: dict[str, dict[str, Any]] = {
                 "/health": {"status": "ok"},
                 "/v1/models": {"object": "list", "data": [{"id": model_name}]},
             }
@@ -112,25 +112,22 @@ def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandle
             if body.get("stream"):
                 self.stream(head, body, prompt_tokens, tokens, sampling)
                 return
-            pieces, logprobs, count, reason = [], [], 0, "stop"
-            for text, token, reason in until_stop(tokens, sampling):
-                count += 1
-                pieces.append(text)
-                logprobs.append(logprob_entry(token))
-            choice = {
+            pieces = list(until_stop(tokens, sampling))
+            choice: dict[str, Any] = {
                 "index": 0,
-                "message": {"role": "assistant", "content": "".join(pieces)},
-                "finish_reason": reason,
+                "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
+                "finish_reason": pieces[-1].finish_reason,
             }
+            made = [piece.token for piece in pieces if piece.token]
             if body.get("logprobs"):
-                choice["logprobs"] = {"content": logprobs}
+                choice["logprobs"] = {"content": [logprob_entry(token) for token in made]}
             self.reply(
                 200,
                 {
                     **head,
                     "object": "chat.completion",
                     "choices": [choice],
-                    "usage": usage(prompt_tokens, count),
+                    "usage": usage(prompt_tokens, len(made)),
                 },
             )
 
@@ -147,15 +144,18 @@ def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandle
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            count, reason = 0, "stop"
+            count = 0
             try:
-                for text, token, reason in until_stop(tokens, sampling):
-                    count += 1
-                    choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "finish_reason": None}
-                    if body.get("logprobs"):
-                        choice["logprobs"] = {"content": [logprob_entry(token)]}
+                for piece in until_stop(tokens, sampling):
+                    count += piece.token is not None
+                    choice: dict[str, Any] = {
+                        "index": 0,
+                        "delta": {"content": piece.text} if piece.text else {},
+                        "finish_reason": piece.finish_reason,
+                    }
+                    if body.get("logprobs") and piece.token:
+                        choice["logprobs"] = {"content": [logprob_entry(piece.token)]}
                     self.event({**head, "choices": [choice]})
-                self.event({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
                 if (body.get("stream_options") or {}).get("include_usage"):
                     self.event({**head, "choices": [], "usage": usage(prompt_tokens, count)})
                 self.chunk(b"data: [DONE]\n\n")
@@ -187,31 +187,35 @@ def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandle
     return Handler
 
 
-def until_stop(tokens: Iterator[Token], sampling: Sampling) -> Iterator[tuple[str, Token, str]]:
-    """(text to send, token, finish reason so far) up to the token limit or a stop string.
+@dataclass(frozen=True)
+class Piece:
+    """What goes out next: text, the token it came with, and in the last one the reason to finish."""
+
+    text: str
+    token: Token | None
+    finish_reason: str | None = None
+
+
+def until_stop(tokens: Iterator[Token], sampling: Sampling) -> Iterator[Piece]:
+    """Pieces up to the token limit or a stop string; the last has no token and says why it ends.
 
     Text that could be the beginning of a stop string is held back until it is clear.
     """
-    held, count = "", 0
-    longest = max((len(s) for s in sampling.stop), default=0)
-    pending: list[tuple[str, Token, str]] = []
-    for token in tokens:
-        count += 1
+    held, longest = "", max((len(s) for s in sampling.stop), default=0)
+    for count, token in enumerate(tokens, 1):
         held += token.text
         found = [held.index(s) for s in sampling.stop if s in held]
         if found:
-            yield held[: min(found)], token, "stop"
+            yield Piece(held[: min(found)], token)
+            yield Piece("", None, "stop")
             return
         safe = max(0, len(held) - longest + 1) if longest else len(held)
-        text, held = held[:safe], held[safe:]
-        reason = "length" if count >= sampling.max_tokens else "stop"
-        if pending:
-            yield pending.pop()
-        pending.append((text, token, reason))
-        if reason == "length":
-            break
-    for text, token, reason in pending:
-        yield text + held, token, reason
+        yield Piece(held[:safe], token)
+        held = held[safe:]
+        if count >= sampling.max_tokens:
+            yield Piece(held, None, "length")
+            return
+    yield Piece(held, None, "stop")
 
 
 def logprob_entry(token: Token) -> dict[str, Any]:

