@@ -11,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -24,7 +25,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub's API as `model_info` and `snapshot_download` use."""
 
     protocol_version = "HTTP/1.1"
-    files: dict[str, bytes] = {}
+    files: ClassVar[dict[str, bytes]] = {}
     lie = False
     sha = "a" * 40
 
@@ -178,5 +179,5 @@ def test_a_folder_is_checked(tiny_models, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_models["llama"], copy)
     (copy / "config.json").unlink()
-    with pytest.raises(UsageError, match="no config.json"):
+    with pytest.raises(UsageError, match=r"no config\.json"):
         check_model_folder(copy)
