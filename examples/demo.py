@@ -74,7 +74,7 @@ def compress_and_bench() -> None:
     chapter("3. Measure (5 minutes at most)")
     edgeft(
         "bench", OUT / "dist", OUT / "base" / "gguf-q8_0", "--profile", "auto", "--tasks", DESK / "report.jsonl",
-        "--limit", "100", "--repetitions", "3", "--fidelity-rows", "24", "--out", OUT / "report",
+        "--limit", "60", "--repetitions", "3", "--fidelity-rows", "16", "--out", OUT / "report",
     )  # fmt: skip
 
 

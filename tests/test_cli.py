@@ -93,8 +93,8 @@ def test_no_such_folder():
 
 
 def test_unknown_format_names_the_nearest(tiny_models, tmp_path):
-    done = edgeft("compress", tiny_models["llama"], "--to", "gguf:q4_k_n", "--out", tmp_path / "dist")
-    assert_two_lines(done, 2, "gguf:q4_k_n", "gguf:q4_k_m")
+    done = edgeft("compress", tiny_models["llama"], "--to", "gguf:q4_k_mm", "--out", tmp_path / "dist")
+    assert_two_lines(done, 2, "gguf:q4_k_mm", "gguf:q4_k_m")
     assert not (tmp_path / "dist").exists()
 
 

@@ -39,7 +39,12 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool):
-        if self.path.startswith("/api/models/acme/tiny"):
+        if self.path.startswith("/api/models/acme/tiny/tree/"):
+            listed = [
+                {"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in self.files.items()
+            ]
+            self.send(200, json.dumps(listed).encode(), body, {"Content-Type": "application/json"})
+        elif self.path.startswith("/api/models/acme/tiny"):
             siblings = [
                 {"rfilename": n, **({"lfs": self.lfs(d)} if n.endswith("safetensors") else {})}
                 for n, d in self.files.items()

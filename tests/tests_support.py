@@ -12,6 +12,6 @@ def dump_logits(engine: str, folder: str, ids: list[list[int]], out: str) -> dic
 
     from edgeft.engines import engine as module_of
 
-    found = module_of(engine).logits(Path(folder), ids, {"threads": 2, "context": 512})
+    found = module_of(engine).logits(Path(folder), ids, {"threads": 2, "context": 512, "exact": True})
     np.savez(out, **{str(i): values for i, values in enumerate(found)})
     return {}

@@ -67,6 +67,10 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
     context_parameters = llama.llama_context_default_params()
     context_parameters.n_ctx = context_parameters.n_batch = context_parameters.n_ubatch = longest + 1
     context_parameters.n_threads = context_parameters.n_threads_batch = options["threads"]
+    if options.get("exact"):
+        # By default keys and values are kept as float16, which costs a float32 file some 5e-3 in its logits.
+        context_parameters.type_k = context_parameters.type_v = llama.GGML_TYPE_F32
+        context_parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model, context_parameters)
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     batch = llama.llama_batch_init(longest, 0, 1)
