@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## From adapter to bill on a real model; at most 30 minutes the first time.
 	$(BIN)/python examples/demo.py
 
-test: install ## All tests.
-	$(BIN)/python -m pytest
+test: install ## All tests, two files at a time.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-deps: ## Install what some tests use from Debian (they skip without it).
 	$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium >/dev/null

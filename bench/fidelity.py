@@ -17,20 +17,26 @@ from edgeft.bench.stats import bootstrap_ratio_of_sums
 MAX_REFERENCE_BYTES = 1 << 30
 
 
-def prepare(reference: str, rows_file: str, limit: int, out: str, threads: int) -> dict[str, Any]:
-    """Write the reference's log-probabilities for the first `limit` rows to `out`. Runs in a child process.
+def prepare(
+    reference: str, rows_file: str, limits: list[int | None], out: str, threads: int
+) -> dict[str, Any]:
+    """Write the reference's log-probabilities for rows of a file to `out`. Runs in a child process.
+
+    `limits`: the rows that the bench answers, and how many of those are taken here, each spread over the one before.
 
     `out/reference.npy` is float32 [positions, vocabulary]; the plan returned says which positions of
     which token ids they are.
     """
-    from transformers import AutoTokenizer
-
     from edgeft.engines.transformers import logits
-    from edgeft.rows import load_rows
+    from edgeft.rows import load_rows, spread
+    from edgeft.tokenizer import load_tokenizer
     from edgeft.tune.lora import common_prefix, encode
 
-    tokenizer = AutoTokenizer.from_pretrained(reference)
-    encoded = [e for row in load_rows(Path(rows_file))[:limit] if (e := encode(tokenizer, row, 1 << 20))]
+    tokenizer = load_tokenizer(Path(reference))
+    chosen = load_rows(Path(rows_file))
+    for limit in limits:
+        chosen = spread(chosen, limit)
+    encoded = [e for row in chosen if (e := encode(tokenizer, row, 1 << 20))]
     shared = max(1, common_prefix(encoded)) if len(encoded) > 1 else 1
     vocabulary = None
     rows: list[dict[str, Any]] = []

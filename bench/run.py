@@ -17,7 +17,7 @@ from edgeft.bench.stats import mcnemar
 from edgeft.bench.targets import Target, find
 from edgeft.engines.local import default_threads
 from edgeft.files import read_json, sha256_file, sha256_json, write_json
-from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash
+from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash, spread
 from edgeft.types import BenchReport
 
 REFERENCE = "merged"
@@ -28,7 +28,7 @@ class Workload:
     """What is asked of every model."""
 
     tasks: Path  # rows
-    limit: int | None = None  # rows to answer, from the start of the file
+    limit: int | None = None  # rows to answer, spread over the file
     repetitions: int = 5  # timed runs of the speed workload
     output_tokens: int = 64  # forced in each
     prompt_chars: int = 600  # about 130 tokens of English
@@ -47,7 +47,7 @@ def bench(places: list[Path], models: list[str], workload: Workload, profile: st
     An interrupted run goes on from the last model that was finished. Raises UsageError for wrong
     inputs before anything is started.
     """
-    rows = load_rows(workload.tasks)[: workload.limit]
+    rows = spread(load_rows(workload.tasks), workload.limit)
     targets = find(places, models)
     if not workload.allow_seen_rows:
         for target in targets:
@@ -169,7 +169,7 @@ class Yardstick:
                 title="the reference's logits",
                 reference=str(self.reference.path),
                 rows_file=str(self.workload.tasks),
-                limit=min(self.workload.fidelity_rows, self.workload.limit or self.workload.fidelity_rows),
+                limits=[self.workload.limit, self.workload.fidelity_rows],
                 out=str(self.scratch),
                 threads=self.threads,
             )

@@ -100,6 +100,8 @@ def convert(model: Path, out: Path, kind: str, name: str, log: Path) -> dict[str
     return child.run(
         [
             sys.executable,
+            "-m",
+            "edgeft.tokenizer",
             str(folder / SCRIPT),
             str(model),
             "--outtype",

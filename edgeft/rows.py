@@ -41,6 +41,13 @@ def row_hash(row: Row) -> str:
     return messages_hash(row["messages"])
 
 
+def spread(rows: list[Row], count: int | None) -> list[Row]:
+    """At most `count` rows, evenly spread over all: files are often sorted by their answer."""
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
 def load_rows(path: Path) -> list[Row]:
     """Read a JSON-lines file of rows.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ DESK = HERE / "desk"
 EDGEFT = [sys.executable, "-m", "edgeft"]
 BASE = "smollm2-135m-instruct"
 FORMATS = ["gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "gguf:q3_k_m", "onnx:int8", "onnx:int4", "gptq:4"]
+TIMES: list[tuple[str, float]] = []  # chapters and when they began
 WEAK, STRONG = "gguf-q3_k_m", "gguf-q8_0"
 
 
@@ -38,8 +40,17 @@ def edgeft(*words: str | Path) -> None:
 
 
 def chapter(title: str) -> None:
-    """A heading with the time since the start."""
+    """A heading with the time since the start; `TIMES` keeps when each began."""
+    TIMES.append((title, time.monotonic()))
     print(f"\n== {title}  [{time.monotonic() - STARTED:.0f} s]", flush=True)
+
+
+def times() -> str:
+    """How long each chapter took."""
+    ends = [began for _, began in TIMES[1:]] + [time.monotonic()]
+    return "\n".join(
+        f"  {end - began:5.0f} s  {title}" for (title, began), end in zip(TIMES, ends, strict=True)
+    )
 
 
 def compress_and_bench() -> None:
@@ -74,7 +85,8 @@ def compress_and_bench() -> None:
     chapter("3. Measure (5 minutes at most)")
     edgeft(
         "bench", OUT / "dist", OUT / "base" / "gguf-q8_0", "--profile", "auto", "--tasks", DESK / "report.jsonl",
-        "--limit", "60", "--repetitions", "3", "--fidelity-rows", "16", "--out", OUT / "report",
+        "--limit", "60", "--repetitions", "3", "--output-tokens", "32", "--fidelity-rows", "16",
+        "--out", OUT / "report",
     )  # fmt: skip
 
 
@@ -87,11 +99,28 @@ def fit_router() -> None:
     )  # fmt: skip
     edgeft("route", "fit", OUT / "select", "--weak", WEAK, "--strong", STRONG, "--out", OUT / "policy")
     edgeft("route", "evaluate", OUT / "policy", OUT / "report")
+    again = subprocess.run(
+        [*EDGEFT, "route", "evaluate", OUT / "policy", OUT / "report", "--json"], check=True, capture_output=True, text=True
+    )  # fmt: skip
+    verdicts = [json.loads((OUT / "policy" / "policy.json").read_text())["fitted"], json.loads(again.stdout)]
+    gains = [v["figures"]["gain_over_random"] for v in verdicts]
+    said = [f"{100 * g['mean']:+.1f} ({100 * g['ci95'][0]:+.1f} to {100 * g['ci95'][1]:+.1f})" for g in gains]
+    worth = all(v["worth_it"] for v in verdicts)
+    print(
+        f"\nGain over a coin of the same share, in points: {said[0]} on the threshold's rows, {said[1]} on the report's.\n"
+        + (
+            "Both are above 0: here routing is worth it."
+            if worth
+            else "Not both are above 0 for sure: here routing is NOT worth it; serve one model. "
+            "The proxy below shows how it works all the same."
+        )
+    )
 
 
 def serve_and_ask() -> None:
     """Start the proxy, send a dozen requests and two repeats, show where each went."""
     chapter("5. Serve it, and ask")
+    shutil.rmtree(OUT / "cache", ignore_errors=True)  # else a second run's answers all come from it
     command = [
         *EDGEFT,
         "serve",
@@ -111,7 +140,7 @@ def serve_and_ask() -> None:
         if not line:
             sys.exit(proxy.wait())
         url = json.loads(line)["url"]
-        rows = [json.loads(line) for line in (DESK / "report.jsonl").read_text().splitlines()][100:112]
+        rows = [json.loads(line) for line in (DESK / "report.jsonl").read_text().splitlines()][5::14][:12]
         asked = [*rows, rows[0], rows[5]]
         print(f"\n{'request':58s} {'went to':12s} {'cache':5s} {'gain':>6s} {'ms':>6s}  answer (expected)")
         for row in asked:
@@ -128,7 +157,9 @@ def serve_and_ask() -> None:
             print(
                 f"{request:58s} {head['x-edgeft-route']:12s} {head['x-edgeft-cache']:5s} {gain:>6s} {spent_ms:6.0f}  {answer}{right}"
             )
-        hits = re.findall(r"^edgeft_cache\S*hit\S* ([\d.]+)", httpx.get(f"{url}/metrics").text, re.M)
+        hits = re.findall(
+            r'^edgeft_cache_total\{result="hit"\} ([\d.]+)', httpx.get(f"{url}/metrics").text, re.M
+        )
         print(f"\n/metrics counts {sum(map(float, hits)):.0f} answers from the cache")
     finally:
         proxy.send_signal(signal.SIGINT)
@@ -156,7 +187,7 @@ def main() -> None:
         OUT / "tco.md",
     )
     print(
-        f"\nDone in {(time.monotonic() - STARTED) / 60:.1f} minutes. The report with its plots:\n  {OUT / 'report' / 'report.html'}"
+        f"\n{times()}\nDone in {(time.monotonic() - STARTED) / 60:.1f} minutes. The report with its plots:\n  {OUT / 'report' / 'report.html'}"
     )
 
 

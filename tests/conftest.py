@@ -41,26 +41,28 @@ def tiny_config(kind: str, vocabulary: int):
     return Qwen3Config(**sizes, head_dim=64, tie_word_embeddings=False)
 
 
-@pytest.fixture(scope="session")
-def tiny_models(smollm2, tmp_path_factory) -> dict[str, Path]:
-    """Random Llama, Qwen2 (tied) and Qwen3 (untied head) with SmolLM2's tokenizer, as float32 safetensors."""
+def tiny_model(kind: str, source: Path, folder: Path) -> Path:
+    """A random model of a kind with `source`'s tokenizer, as float32 safetensors; weights spread by transformers' 0.02."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    made = {}
-    for kind in ("llama", "qwen2", "qwen3"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                # Weights large enough that logits differ visibly between tokens; biases and norms off their defaults.
-                weight.normal_(1.0 if "norm" in name else 0.0, 0.02 if "norm" in name else 0.06)
-        folder = tmp_path_factory.mktemp(f"tiny-{kind}")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        made[kind] = folder
-    return made
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            norm = "norm" in name  # norms and biases off their defaults, so that losing one shows
+            weight.normal_(1.0 if norm else 0.0, 0.02)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(smollm2, tmp_path_factory) -> dict[str, Path]:
+    """Random Llama, Qwen2 (tied) and Qwen3 (untied head); their logits' standard deviation is about 0.3."""
+    make = tmp_path_factory.mktemp
+    return {kind: tiny_model(kind, smollm2, make(f"tiny-{kind}")) for kind in ("llama", "qwen2", "qwen3")}
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,14 +13,14 @@ import pytest
 
 from edgeft import child
 from edgeft.compress import Recipe, compress
+from edgeft.tokenizer import load_tokenizer
 from tests.conftest import DESK
 
 torch = pytest.importorskip("torch", reason="needs the extra: compress")
 pytest.importorskip("llama_cpp", reason="needs the extra: compress")
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: onnx")
 
-UNPROVEN = "EDGEFT_ALL_TESTS" in os.environ  # tests that have not been run to their end yet, see docs/log.md
-KINDS = ("llama", "qwen2", "qwen3") if UNPROVEN else ("llama",)
+KINDS = ("llama", "qwen2", "qwen3")
 FORMATS = ("gguf:f32", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "onnx:fp32", "onnx:int8", "onnx:int4")
 IDS = [[1, 5, 99, 1234, 4321, 7, 42, 17], [2, 2000, 13, 40000, 12]]
 
@@ -46,9 +45,12 @@ def torch_logits(folder: Path) -> list[np.ndarray]:
 
 def dequantized_twin(gguf: Path, source: Path, out: Path) -> Path:
     """The source folder with the GGUF file's own dequantized weights, named through transformers' loader."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(source)  # the reader itself misses Qwen3's head_dim
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, config=config, dtype=torch.float32
+    )
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
@@ -94,22 +96,46 @@ def test_merge_equals_peft(made, tiny_models, tiny_adapters):
 def test_unquantized_files_have_the_sources_logits(made, tmp_path):
     _, out = made
     wanted = torch_logits(out / "merged")
-    assert worst(logits_of("gguf", out / "gguf-f32", tmp_path / "f32.log"), wanted) < 1e-4
-    assert worst(logits_of("gguf", out / "gguf-f16", tmp_path / "f16.log"), wanted) < 1e-2
-    assert worst(logits_of("onnx", out / "onnx-fp32", tmp_path / "onnx.log"), wanted) < 1e-3
+    assert worst(logits_of("gguf", out / "gguf-f32", tmp_path / "f32.log"), wanted) < 3e-5
+    assert worst(logits_of("gguf", out / "gguf-f16", tmp_path / "f16.log"), wanted) < 5e-3
+    assert worst(logits_of("onnx", out / "onnx-fp32", tmp_path / "onnx.log"), wanted) < 3e-4
 
 
-@pytest.mark.skipif(
-    not UNPROVEN, reason="misses 5e-2 (q8_0 .097, q4_k_m .160; logits of std .96): docs/log.md"
-)
+# Weights that llama.cpp multiplies with 8-bit activations: in blocks of 32 with Q8_0, of 256 with K-quants (ggml's vec_dot types).
+ACTIVATION_BLOCK = {"q8_0": 32, "q4_k_m": 256}
+
+
+def with_8bit_activations(folder: Path, block: int) -> list[np.ndarray]:
+    """Logits of IDS in float32, the input of each linear layer rounded as ggml's CPU kernels round it.
+
+    Symmetric, `block` values a scale; Q8_0 keeps its scale in float16 (ggml's quantize_row_q8_0), Q8_K in float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    def rounded(_module, inputs):
+        blocks = inputs[0].unflatten(-1, (-1, block))
+        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        kept = scale.half().float() if block == 32 else scale
+        return ((blocks / scale).round() * kept).flatten(-2)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounded)
+    with torch.inference_mode():
+        return [model(torch.tensor([ids])).logits[0].numpy() for ids in IDS]
+
+
 @pytest.mark.parametrize("variant", ["q8_0", "q4_k_m"])
 def test_quantized_logits_are_those_of_the_files_own_weights(made, variant, tmp_path):
+    """Within 5e-2 of float32 arithmetic, and what is left is llama.cpp's rounding of activations."""
     _, out = made
     gguf = next((out / f"gguf-{variant}").glob("*.gguf"))
     twin = dequantized_twin(gguf, out / "merged", tmp_path / "twin")
-    wanted = torch_logits(twin)
-    assert worst(logits_of("gguf", gguf.parent, tmp_path / "q.log"), wanted) < 5e-2
-    assert worst(torch_logits(out / "merged"), wanted) > 1e-4, "quantizing must have changed something"
+    found, wanted = logits_of("gguf", gguf.parent, tmp_path / "q.log"), torch_logits(twin)
+    assert worst(found, wanted) < 5e-2
+    assert worst(found, with_8bit_activations(twin, ACTIVATION_BLOCK[variant])) < 2e-3
+    assert worst(torch_logits(out / "merged"), wanted) > 1e-3, "quantizing must have changed something"
 
 
 def test_one_corrupted_tensor_is_noticed(made, tmp_path):
@@ -163,7 +189,11 @@ def test_f16_is_upstreams_file_byte_for_byte(made, tmp_path):
     """The converter run by hand, as its documentation says, on the merged folder with the same name."""
     from edgeft.compress.converter import converter
 
-    _, out = made
+    kind, out = made
+    if kind == "qwen2":
+        pytest.skip(
+            "upstream can't: transformers gives qwen2 its own pre-tokenizer whatever tokenizer.json says"
+        )
     ours = next((out / "gguf-f16").glob("*.gguf"))
     theirs = tmp_path / "theirs.gguf"
     folder = converter()
@@ -184,9 +214,22 @@ def test_a_second_run_keeps_what_stands_there(made, tiny_models, tiny_adapters):
     }
 
 
+def test_the_tokenizers_file_is_right(tiny_models):
+    """transformers gives qwen2 the pre-tokenizer of its class, whatever tokenizer.json says."""
+    from transformers import AutoTokenizer
+
+    text, digits = "order 20261", ["order", "Ġ", "2", "0", "2", "6", "1"]
+    folder = tiny_models["qwen2"]
+    wanted = AutoTokenizer.from_pretrained(tiny_models["llama"]).backend_tokenizer.pre_tokenizer
+    loaded = load_tokenizer(folder)
+    assert str(loaded.backend_tokenizer.pre_tokenizer) == str(wanted)
+    assert str(AutoTokenizer.from_pretrained(folder).backend_tokenizer.pre_tokenizer) != str(wanted)
+    assert loaded.tokenize(text) == digits and loaded.chat_template
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not UNPROVEN, reason="not run to its end yet: EDGEFT_ALL_TESTS=1 runs it")
-def test_gptq_loads_with_from_pretrained(tiny_models, tiny_adapters, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_gptq_loads_with_from_pretrained(kind, tiny_models, tiny_adapters, tmp_path):
     pytest.importorskip("optimum", reason="needs the extra: gptq")
     if not __import__("importlib.util").util.find_spec("gptqmodel"):
         pytest.skip("needs the extra: gptq")
@@ -194,7 +237,7 @@ def test_gptq_loads_with_from_pretrained(tiny_models, tiny_adapters, tmp_path):
     recipe = Recipe(
         out=out, formats=("gptq:4",), calibration=DESK / "calibrate.jsonl", name="tiny", threads=2
     )
-    artifact = compress(tiny_models["llama"], tiny_adapters["llama"], recipe)[1]
+    artifact = compress(tiny_models[kind], tiny_adapters[kind], recipe)[1]
     assert artifact.recipe["group_size"] == 128
     assert artifact.seen_rows["calibrate"]
     found = logits_of("transformers", out / "gptq-4", tmp_path / "gptq.log")
@@ -221,8 +264,6 @@ def test_gptq_loads_with_from_pretrained(tiny_models, tiny_adapters, tmp_path):
 
 def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
     """The prompt that each engine counts is the one that the merged folder's template renders."""
-    from transformers import AutoTokenizer
-
     from edgeft.engines.client import chat
     from edgeft.engines.local import LocalModel
 
@@ -231,7 +272,7 @@ def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Where is my parcel?"},
     ]
-    tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    tokenizer = load_tokenizer(out / "merged")
     wanted = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     texts = {}
     for folder, engine in (("gguf-f32", "gguf"), ("onnx-fp32", "onnx"), ("merged", "transformers")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,12 +22,7 @@ for package, extra in {
 }.items():
     pytest.importorskip(package, reason=f"needs the extra: {extra}")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        "EDGEFT_ALL_TESTS" not in os.environ, reason="not run to its end yet: EDGEFT_ALL_TESTS=1 runs it"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 def edgeft(*words: str | Path) -> dict | list:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from edgeft.errors import UsageError
-from edgeft.rows import load_rows, messages_hash, refuse_seen, row_hash
+from edgeft.rows import load_rows, messages_hash, refuse_seen, row_hash, spread
 from edgeft.tune.rows import PARTS, near_duplicate_clusters, rows_from_csv, split, write_parts
 from tests.conftest import DESK, write_rows
 
@@ -94,3 +94,9 @@ def test_rows_seen_by_training_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"1 row\(s\) were used to train"):
         refuse_seen(rows, {"train": [row_hash(rows[1])]}, "measure", tmp_path / "r.jsonl")
     refuse_seen(rows, {"train": ["0" * 16]}, "measure", tmp_path / "r.jsonl")
+
+
+def test_a_limit_is_spread_over_the_file():
+    rows = [{"id": i} for i in range(10)]
+    assert [row["id"] for row in spread(rows, 4)] == [0, 2, 5, 7]
+    assert spread(rows, 10) == spread(rows, 99) == spread(rows, None) == rows

@@ -31,10 +31,12 @@ def train(base: str, data: str, out: str, work: str, recipe: dict[str, Any]) -> 
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from edgeft.tokenizer import load_tokenizer
 
     torch.manual_seed(recipe["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(Path(base))
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         task_type="CAUSAL_LM",

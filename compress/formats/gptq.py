@@ -83,10 +83,11 @@ def quantize(merged: str, out: str, calibration: str, settings: dict[str, Any]) 
 
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
-    from transformers import AutoTokenizer
+
+    from edgeft.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = load_tokenizer(Path(merged))
     texts = [
         tokenizer.apply_chat_template(row["messages"], tokenize=False)
         for row in calibration_rows(Path(calibration))

@@ -28,13 +28,20 @@ from edgeft.cli import options
     metavar="MODEL",
     help="litellm:NAME or openai:URL#NAME; may be repeated.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Answer only the first rows.")
+@click.option("--limit", type=click.IntRange(1), help="Answer so many rows, spread over the file.")
 @click.option(
     "--repetitions",
     type=click.IntRange(2),
     default=5,
     show_default=True,
     help="Timed runs of the speed workload.",
+)
+@click.option(
+    "--output-tokens",
+    type=click.IntRange(8),
+    default=64,
+    show_default=True,
+    help="Tokens generated in each timed run.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (from the rows if left out).")
 @click.option("--threads", type=click.IntRange(1), help="Threads of an engine (physical cores if left out).")
@@ -60,6 +67,7 @@ def command(
     models: tuple[str, ...],
     limit: int | None,
     repetitions: int,
+    output_tokens: int,
     max_tokens: int | None,
     threads: int | None,
     context: int,
@@ -80,6 +88,7 @@ def command(
         tasks=tasks,
         limit=limit,
         repetitions=repetitions,
+        output_tokens=output_tokens,
         max_tokens=max_tokens,
         threads=threads,
         context=context,

@@ -32,12 +32,14 @@ def load(folder: Path, threads: int) -> tuple[Any, Any]:
     import json
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from edgeft.tokenizer import load_tokenizer
 
     torch.set_num_threads(threads)
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if quantized else torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), load_tokenizer(folder)
 
 
 def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling) -> Iterator[Token]:
