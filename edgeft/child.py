@@ -21,9 +21,11 @@ from typing import Any
 
 from edgeft.errors import BY_NAME, EdgeftError, EnvironmentFault
 
-# A short spin: with libgomp's default, threads that wait burn the core that another process needs (a training step
-# beside one busy process took 3.4 times as long as alone, and 1.7 times with this).
-ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "GOMP_SPINCOUNT": "30000"}
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Tools spin shortly: with libgomp's default, threads that wait burn the core that another process needs. On two cores a
+# training step took 3.7 s alone and 12.5 s beside one busy process; with this 4.6 s and 6 to 7 s. Engines, which are
+# measured on a quiet box, keep the default: a short spin costs them up to a fifth of their tokens.
+SHORT_SPIN = {"GOMP_SPINCOUNT": "30000"}
 
 
 def call(
@@ -62,7 +64,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT, **(env or {})},
+            env={**os.environ, **ENVIRONMENT, **SHORT_SPIN, **(env or {})},
             start_new_session=True,
         )
         peak = PeakMemory(process.pid)

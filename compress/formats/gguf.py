@@ -55,20 +55,43 @@ def build(job: Any) -> dict[str, float]:
 
 
 def _unquantized(job: Any) -> tuple[Path, dict[str, float]]:
-    """The GGUF that quantizing starts from, in the merged model's own precision; kept in `work` for the next job."""
+    """The GGUF that quantizing starts from, in the merged model's own precision.
+
+    The artefact of that precision where it stands already; else made in `work` and kept for the next job.
+    """
     from edgeft.compress.merge import header_of
+    from edgeft.types import Artifact
+
+    merged_sha256 = Artifact.load(job.merged / "artifact.json").sha256
 
     kinds = {
         entry["dtype"] for file in job.merged.glob("*.safetensors") for entry in header_of(file).values()
     }
     kind = "f32" if "F32" in kinds else "bf16" if "BF16" in kinds else "f16"
-    source = job.work / f"source-{kind}.gguf"
+    if standing := _standing(job.merged.parent / f"gguf-{kind}", merged_sha256, job.model_name):
+        return standing, {}
+    source = job.work / f"source-{kind}-{merged_sha256[:16]}.gguf"
     if source.exists():
         return source, {}
     partial = source.with_suffix(".part")
     spent = convert(job.merged, partial, kind, job.model_name, job.log)
     partial.replace(source)
     return source, spent
+
+
+def _standing(folder: Path, merged_sha256: str, model_name: str) -> Path | None:
+    """The file of a GGUF artefact that was made of this merged model and is whole."""
+    from edgeft.files import sha256_file
+    from edgeft.types import Artifact
+
+    if not (folder / "artifact.json").is_file():
+        return None
+    artifact = Artifact.load(folder / "artifact.json")
+    if (artifact.made_from.get("merged_sha256"), artifact.model_name) != (merged_sha256, model_name):
+        return None
+    name, entry = next(iter(artifact.files.items()))
+    file = folder / name
+    return file if file.is_file() and sha256_file(file) == entry["sha256"] else None
 
 
 def quantize(source: str, target: str, variant: str, threads: int) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""The command `edgeft serve` as a process, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
+pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
+
+
+from edgeft.cli import run as cli
+from edgeft.errors import UsageError
+from edgeft.router.policy import save_policy
+from edgeft.serve.candidates import address_of, check
+from edgeft.serve.run import refuse_public
+from tests.serve_stage import KEY, Engine, policy_of
+
+
+def test_only_loopback_is_listened_on():
+    for host in ("127.0.0.1", "localhost", "::1"):
+        refuse_public(host)
+    for host in ("0.0.0.0", "::", "192.168.1.4", "example.org", ""):
+        with pytest.raises(UsageError, match="open the proxy to the network"):
+            refuse_public(host)
+
+
+def test_candidates_that_are_not_what_was_measured(tmp_path):
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    from edgeft.files import sha256_file, sha256_json
+
+    right = sha256_json({"model.gguf": sha256_file(gguf)})
+    candidate = {"id": "m", "kind": "folder", "engine": "gguf", "path": str(gguf), "artifact_sha256": right}
+    assert check(candidate)["path"] == str(gguf)
+    assert check({**candidate, "path": "/elsewhere/model.gguf"}, tmp_path)["path"] == str(gguf)
+    with pytest.raises(UsageError, match="is missing: there is no /elsewhere"):
+        check({**candidate, "path": "/elsewhere/model.gguf"})
+    gguf.write_bytes(b"Weights")
+    with pytest.raises(UsageError, match="is not the one that the policy was fitted on"):
+        check(candidate)
+    with pytest.raises(UsageError, match="was changed"):
+        (tmp_path / "folder").mkdir()
+        check({**candidate, "kind": "artifact", "path": str(tmp_path / "folder")})
+    assert address_of("openai:http://h:1/v1#m/x") == ("openai", "http://h:1", "m/x")
+    assert address_of("litellm:openai/gpt") == ("litellm", "", "openai/gpt")
+    with pytest.raises(UsageError):
+        address_of("openai:http://h:1")
+
+
+@contextmanager
+def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`edgeft serve --json` as a process, over two fake engines; yields it and its address."""
+    engines = [Engine("one"), Engine("two")]
+    names = [f"openai:{engine.url}#{engine.name}" for engine in engines]
+    policy = policy_of(*names)
+    save_policy(policy.policy, policy.weights, policy.bias, tmp_path / "policy")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "edgeft",
+            "serve",
+            "--policy",
+            str(tmp_path / "policy"),
+            "--port",
+            "0",
+            "--json",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OPENAI_API_KEY": KEY, "EDGEFT_HOME": str(tmp_path / "home")},
+    )
+    try:
+        assert process.stdout
+        ready = json.loads(process.stdout.readline())
+        assert ready["ready"] is True
+        yield process, ready["url"]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_command_serves_and_ends_when_told(tmp_path, sign, code):
+    with served(tmp_path) as (process, url):
+        body = {"model": "auto", "messages": [{"role": "user", "content": "a refund"}], "temperature": 0}
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+        replies = [httpx.post(f"{url}/v1/chat/completions", json=body) for _ in range(2)]
+        assert [r.headers["x-edgeft-cache"] for r in replies] == ["miss", "hit"]
+        assert replies[1].json()["choices"][0]["message"]["content"] == "two: a refund"
+        assert (tmp_path / "home" / "answers").is_dir()
+        slow = {"model": "auto", "messages": [{"role": "user", "content": "word " * 30}], "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=slow) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(sign)
+            assert [line for line in lines if line][-1] == "data: [DONE]", "a running answer is finished"
+        assert process.wait(15) == code
+        assert process.stderr and process.stderr.read() == ""
+
+
+def test_the_command_refuses_in_two_lines(tmp_path, capsys):
+    policy = policy_of("openai:http://h:1#a", "openai:http://h:1#b")
+    save_policy(policy.policy, policy.weights, policy.bias, tmp_path / "policy")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (["--policy", str(tmp_path / "policy"), "--host", "0.0.0.0"], "open the proxy to the network"),
+            (["--policy", str(tmp_path / "none")], "holds no policy.json"),
+            (["--policy", str(tmp_path / "policy"), "--port", port, "--no-cache"], "can't be listened on"),
+        ):
+            assert cli(["serve", *arguments]) == 2
+            problem = capsys.readouterr().err.splitlines()
+            assert len(problem) == 2 and message in problem[0], problem
