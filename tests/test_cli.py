@@ -218,6 +218,8 @@ def test_interrupt_ends_with_130_and_leaves_nothing_half_written(smollm2, tmp_pa
     process = subprocess.Popen(
         [sys.executable, "-m", "edgeft", "compress", str(smollm2), "--to", "gguf:q8_0", "--out", str(out)],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A test run in a shell's background would hand down that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(out.glob(".gguf-q8_0.part-*")) and time.monotonic() < deadline:
