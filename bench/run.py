@@ -183,7 +183,7 @@ class Yardstick:
             reference=str(self.scratch / "reference.npy"),
             threads=self.threads,
         )
-        return fidelity.summarize({k: v for k, v in found.items() if k not in ("wall_s", "peak_rss_bytes")})
+        return fidelity.summarize({k: v for k, v in found.items() if k not in child.COST})
 
 
 def reference_of(targets: list[Target]) -> Target | None:

@@ -3,14 +3,16 @@
     dist/merged/          safetensors, the reference
     dist/gguf-q4_k_m/     …one folder a format
     dist/.work/           scratch and logs, safe to delete
+    dist/.rejected/ID/    what failed its check, with reasons.json
 
 What stands there already and was made from the same inputs by the same recipe is kept.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,16 +20,28 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import formats
+from edgeft.compress import formats, proof
+from edgeft.compress.adapter import header_of
 from edgeft.compress.formats import Job
-from edgeft.compress.merge import plan
-from edgeft.errors import UsageError
-from edgeft.files import list_files, need_disk, read_json, sha256_file, sha256_json, staged_folder, tree_bytes
+from edgeft.compress.merge import Source, plan
+from edgeft.errors import GateError, UsageError
+from edgeft.files import (
+    list_files,
+    need_disk,
+    read_json,
+    replace_folder,
+    sha256_file,
+    sha256_json,
+    staged_folder,
+    tree_bytes,
+    write_json,
+)
 from edgeft.pull import origin_of, weights_sha256
 from edgeft.rows import load_rows, refuse_seen, row_hash
 from edgeft.types import Artifact
 
 MANIFEST = "artifact.json"
+REJECTED = ".rejected"
 TUNE_MANIFEST = "edgeft-tune.json"
 
 
@@ -43,15 +57,19 @@ class Recipe:
     allow_seen_rows: bool = False
 
 
-def compress(base: Path, adapter: Path | None, recipe: Recipe) -> list[Artifact]:
+def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> list[Artifact]:
     """Merge `adapter` into `base` and write every asked format; returns the artefacts, the merged model first.
 
+    `adapter` is one folder, or several with their shares: W + sum of share * (what each makes of W - W).
     Raises UsageError for wrong inputs before anything is written, EnvironmentFault where a package,
     a tool or disk space is missing.
     """
-    specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats)]
-    plan(base, adapter)
-    seen = seen_by_adapter(adapter)
+    specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
+    adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
+    planned = plan(base, adapters)
+    if planned.tied and planned.tied != "kept":
+        console.note(f"  the head was tied to the embedding and is now {planned.tied}")
+    seen = seen_by_adapters(adapters)
     calibration = recipe.calibration.resolve() if recipe.calibration else None
     if calibration:
         rows = load_rows(calibration)
@@ -69,8 +87,8 @@ def compress(base: Path, adapter: Path | None, recipe: Recipe) -> list[Artifact]
 
     work = recipe.out / ".work"
     work.mkdir(parents=True, exist_ok=True)
-    name = recipe.name or default_name(base, adapter)
-    merged = _merged(base, adapter, recipe, name, seen, work)
+    name = recipe.name or default_name(base, adapters)
+    merged = _merged(base, adapters, recipe, name, seen, work)
     made = [merged]
     for format_name, variant in specs:
         job = Job(
@@ -90,17 +108,20 @@ def compress(base: Path, adapter: Path | None, recipe: Recipe) -> list[Artifact]
     return made
 
 
-def default_name(base: Path, adapter: Path | None) -> str:
-    """A file name for the model: the base's, then the adapter's folder."""
+def default_name(base: Path, adapters: Sequence[Source]) -> str:
+    """A file name for the model: the base's, then the adapters' folders."""
     origin = origin_of(base).get("name", base.resolve().name).rsplit("/", 1)[-1]
-    return f"{origin}-{adapter.resolve().name}" if adapter else str(origin)
+    return "-".join([str(origin), *(folder.resolve().name for folder, _ in adapters)])
 
 
-def seen_by_adapter(adapter: Path | None) -> dict[str, list[str]]:
+def seen_by_adapters(adapters: Sequence[Source]) -> dict[str, list[str]]:
     """Hashes of the rows that training saw, where `edgeft tune` recorded them."""
-    if adapter and (adapter / TUNE_MANIFEST).is_file():
-        return read_json(adapter / TUNE_MANIFEST).get("seen_rows", {})
-    return {}
+    seen: dict[str, list[str]] = {}
+    for folder, _ in adapters:
+        if (folder / TUNE_MANIFEST).is_file():
+            for kind, hashes in read_json(folder / TUNE_MANIFEST).get("seen_rows", {}).items():
+                seen.setdefault(kind, []).extend(hashes)
+    return seen
 
 
 def load_artifact(folder: Path, verify: bool = False) -> Artifact:
@@ -125,18 +146,22 @@ def load_artifact(folder: Path, verify: bool = False) -> Artifact:
 
 
 def _merged(
-    base: Path, adapter: Path | None, recipe: Recipe, name: str, seen: dict[str, list[str]], work: Path
+    base: Path, adapters: Sequence[Source], recipe: Recipe, name: str, seen: dict[str, list[str]], work: Path
 ) -> Artifact:
-    """`dist/merged`: the adapter added to its base."""
+    """`dist/merged`: the adapters added to their base."""
     made_from: dict[str, Any] = {
         "base": {**origin_without_files(base), "weights_sha256": weights_sha256(base)}
     }
-    if adapter:
-        made_from["adapter"] = {
-            "name": adapter.resolve().name,
-            "weights_sha256": weights_sha256(adapter),
-            "config_sha256": sha256_file(adapter / "adapter_config.json"),
-        }
+    if adapters:
+        made_from["adapters"] = [
+            {
+                "name": folder.resolve().name,
+                "share": share,
+                "weights_sha256": weights_sha256(folder),
+                "config_sha256": sha256_file(folder / "adapter_config.json"),
+            }
+            for folder, share in adapters
+        ]
     settings = {"merge": "float32, rounded once"}
 
     def build(out: Path) -> dict[str, Any]:
@@ -145,7 +170,7 @@ def _merged(
             log=work / "merge.log",
             title="merging",
             base=str(base),
-            adapter=str(adapter) if adapter else None,
+            adapters=[[str(folder), share] for folder, share in adapters],
             out=str(out),
         )
 
@@ -158,9 +183,42 @@ def _merged(
         made_from=made_from, recipe=settings, recipe_sha256="", versions=versions_of(("torch", "safetensors")), files={},
         size_bytes=0, parameters=0, bits_per_weight=0.0, tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
     )  # fmt: skip
-    return _make(
-        blank, recipe.out / "merged", build, inspect, "merging the adapter" if adapter else "copying the base"
+
+    def check(out: Path) -> dict[str, Any]:
+        return _prove(base, adapters, out, recipe, work) if adapters else {}
+
+    title = "merging the adapter" if adapters else "copying the base"
+    return _make(blank, recipe.out / "merged", build, inspect, title, check)
+
+
+def _prove(
+    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path
+) -> dict[str, Any]:
+    """That the merged model is base + live adapter; where this box can't say so, that the proof is owed."""
+    parameters = sum(weight_parameters(file) for file in base.glob("*.safetensors"))
+    if why := proof.owed(parameters, several=len(adapters) > 1 or adapters[0][1] != 1.0):
+        console.note(f"  the proof that merging changed nothing else is owed: {why}")
+        return {"proof": {"status": "owed", "why": why}}
+    found = child.call(
+        "edgeft.compress.proof:prove",
+        log=work / "proof.log",
+        title="proving the merge",
+        base=str(base),
+        adapter=str(adapters[0][0]),
+        merged=str(merged),
+        rows_file=str(recipe.calibration) if recipe.calibration else None,
+        threads=recipe.threads,
     )
+    cost = {key: found.pop(key) for key in child.COST}
+    held = proof.judge(found, str(recipe.out / REJECTED / "merged"))
+    if held["status"] != "held":
+        console.note(f"  the proof {held['status']}")
+    return {"proof": {**held, "cost": cost}}
+
+
+def weight_parameters(file: Path) -> int:
+    """Parameters in a safetensors file."""
+    return sum(math.prod(entry["shape"]) for entry in header_of(file).values())
 
 
 def _artifact(job: Job, merged: Artifact) -> Artifact:
@@ -199,6 +257,7 @@ def _make(
     build: Callable[[Path], dict[str, Any]],
     inspect: Callable[[Path, dict[str, Any]], dict[str, Any]],
     title: str,
+    check: Callable[[Path], dict[str, Any]] = lambda _: {},
 ) -> Artifact:
     """Build `target` under a temporary name, look at what was made, write its manifest, rename; or keep what stands there."""
     key = sha256_json(
@@ -215,6 +274,11 @@ def _make(
     with console.step(title), staged_folder(target) as staging:
         spent = build(staging)
         facts = inspect(staging, spent)
+        try:
+            checks = check(staging)
+        except GateError as error:
+            reject(staging, target, error)
+            raise
         parameters = blank.parameters or int(facts["parameters"])
         files = list_files(staging)
         artifact = replace(
@@ -228,9 +292,18 @@ def _make(
             tensor_types=facts["tensor_types"],
             fallback_share=facts["fallback_share"],
             cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
+            checks=checks,
         )
         artifact.save(staging / MANIFEST)
     return artifact
+
+
+def reject(staging: Path, target: Path, error: GateError) -> None:
+    """Keep what failed its check where nobody takes it for an artefact, with the reason beside it."""
+    place = target.parent / REJECTED / target.name
+    write_json(staging / "reasons.json", {"seen": error.message, "next": error.hint})
+    replace_folder(staging, place)
+    staging.mkdir()  # the caller removes it
 
 
 def origin_without_files(base: Path) -> dict[str, Any]:
@@ -240,8 +313,6 @@ def origin_without_files(base: Path) -> dict[str, Any]:
 
 def tree_bytes_of(folder: Path, pattern: str) -> int:
     """Bytes of the tensors in a folder's safetensors, headers left out."""
-    from edgeft.compress.merge import header_of
-
     return sum(max(e["data_offsets"][1] for e in header_of(f).values()) for f in folder.glob(pattern))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from edgeft.errors import BY_NAME, EdgeftError, EnvironmentFault
 
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+COST = ("wall_s", "peak_rss_bytes", "peak_anon_bytes")
 # Tools spin shortly: with libgomp's default, threads that wait burn the core that another process needs. On two cores a
 # training step took 3.7 s alone and 12.5 s beside one busy process; with this 4.6 s and 6 to 7 s. Engines, which are
 # measured on a quiet box, keep the default: a short spin costs them up to a fifth of their tokens.
@@ -33,7 +34,7 @@ def call(
 ) -> dict[str, Any]:
     """Call `package.module:function(**arguments)` in a child process and return its dict.
 
-    The answer carries two keys more, `wall_s` and `peak_rss_bytes`, as `run` gives them.
+    The answer carries the keys of COST more, as `run` gives them.
     Raises what the function raised where that is an EdgeftError, else EnvironmentFault naming `log`.
     """
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
@@ -44,7 +45,7 @@ def call(
             value = json.loads(answer.read_text())
             if "error" in value:
                 raise BY_NAME[value["error"]](value["message"], value["hint"])
-            return {**value["result"], "wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]}
+            return {**value["result"], **{key: spent[key] for key in COST}}
     raise failed(title, spent["exit_code"], log)
 
 
@@ -53,8 +54,9 @@ def run(
 ) -> dict[str, Any]:
     """Run a command with its output appended to `log`; its process group ends when the caller is interrupted.
 
-    Returns `exit_code`, `wall_s` and `peak_rss_bytes` (the largest sum of resident memory over the
-    process tree, sampled every 50 ms). Raises EnvironmentFault where `check` and the command fails.
+    Returns `exit_code`, `wall_s`, `peak_rss_bytes` (the largest sum of resident memory over the process tree,
+    sampled every 50 ms) and `peak_anon_bytes` (likewise, file-backed pages left out). Raises EnvironmentFault
+    where `check` and the command fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -77,7 +79,12 @@ def run(
             peak_bytes = peak.stop()
     if check and code != 0:
         raise failed(title, code, log)
-    return {"exit_code": code, "wall_s": time.monotonic() - started, "peak_rss_bytes": peak_bytes}
+    return {
+        "exit_code": code,
+        "wall_s": time.monotonic() - started,
+        "peak_rss_bytes": peak_bytes,
+        "peak_anon_bytes": peak.largest_anon_bytes,
+    }
 
 
 def failed(title: str, code: int, log: Path) -> EnvironmentFault:
@@ -117,6 +124,7 @@ class PeakMemory:
     def __init__(self, pid: int, interval_s: float = 0.05) -> None:
         self.pid, self.interval_s = pid, interval_s
         self.peak = {"rss_bytes": 0, "anon_bytes": 0, "file_bytes": 0}
+        self.largest_anon_bytes = 0
         self._tree: list[Any] = []
         self._samples = 0
         self._stop = threading.Event()
@@ -134,6 +142,7 @@ class PeakMemory:
             self._tree = process_tree(self.pid)
         self._samples += 1
         total, anon = resident(self._tree)
+        self.largest_anon_bytes = max(self.largest_anon_bytes, anon)
         if total > self.peak["rss_bytes"]:
             self.peak = {"rss_bytes": total, "anon_bytes": anon, "file_bytes": total - anon}
 

@@ -67,6 +67,7 @@ class Artifact(Stored):
     fallback_share: float | None  # share of the parameters whose width the asked type can't hold
     seen_rows: dict[str, list[str]]  # kind of step -> hashes of the rows it saw
     cost: dict[str, float]  # wall_s and peak_rss_bytes of making it
+    checks: dict[str, Any] = field(default_factory=dict)  # what was proven of it before it got its name
 
     @property
     def sha256(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,74 @@ def test_manifests_count_every_parameter(made):
     assert load_artifact(out / "gguf-q4_k_m").fallback_share == 0.0
     assert 4.5 < load_artifact(out / "gguf-q4_k_m").bits_per_weight < 7
     assert 8.4 < load_artifact(out / "gguf-q8_0").bits_per_weight < 8.6
+
+
+def test_merging_is_proven(made):
+    from edgeft.compress import load_artifact
+
+    _, out = made
+    proof = load_artifact(out / "merged").checks["proof"]
+    assert proof["status"] == "held" and proof["share_of_effect"] < 1e-3 < proof["kld_base"]
+
+
+def test_a_merge_that_is_not_base_plus_adapter_is_rejected(tiny_models, tiny_adapters, tmp_path, monkeypatch):
+    from edgeft.compress import proof
+    from edgeft.errors import GateError
+
+    log = tmp_path / "proof.log"
+    base, adapter = str(tiny_models["llama"]), str(tiny_adapters["llama"])
+    found = child.call("edgeft.compress.proof:prove", log=log, title="proof", base=base, adapter=adapter, merged=base,
+                       rows_file=None, threads=2)  # fmt: skip
+    assert found["kld_merged"] == pytest.approx(found["kld_base"], rel=1e-3)
+    with pytest.raises(GateError, match="not base \\+ adapter"):
+        proof.judge(found, "dist/.rejected/merged")
+    real = child.call
+    monkeypatch.setattr(
+        child,
+        "call",
+        lambda function, **words: dict(found) if "proof" in function else real(function, **words),
+    )
+    with pytest.raises(GateError):
+        compress(tiny_models["llama"], tiny_adapters["llama"], Recipe(out=tmp_path / "dist", formats=()))
+    assert not (tmp_path / "dist" / "merged").exists()
+    reasons = json.loads((tmp_path / "dist" / ".rejected" / "merged" / "reasons.json").read_text())
+    assert "not base + adapter" in reasons["seen"]
+
+
+def test_an_importance_matrix_serves_the_rows_it_was_made_of(tiny_models, tmp_path):
+    """Weighed by it, the quantized weights are nearer the source's than without."""
+    from gguf import GGUFReader, dequantize
+
+    from edgeft.compress.imatrix import read
+    from edgeft.errors import UsageError
+
+    with pytest.raises(UsageError, match="needs an importance matrix"):
+        compress(tiny_models["llama"], None, Recipe(out=tmp_path / "no", formats=("gguf:iq2_s",)))
+    folders = {}
+    for name, calibration in (("without", None), ("with", DESK / "calibrate.jsonl")):
+        folders[name] = tmp_path / name
+        formats = ("gguf:f32", "gguf:q4_k_m", "gguf:iq2_s") if calibration else ("gguf:q4_k_m",)
+        made = compress(
+            tiny_models["llama"],
+            None,
+            Recipe(out=folders[name], formats=formats, calibration=calibration, name="tiny"),
+        )
+    assert made[2].seen_rows["calibrate"] and "calibrate" not in made[1].seen_rows
+
+    def weights(folder: Path) -> dict[str, np.ndarray]:
+        tensors = GGUFReader(next(folder.glob("*.gguf"))).tensors
+        return {
+            t.name: dequantize(t.data, t.tensor_type)
+            for t in tensors
+            if t.name.startswith("blk.") and t.data.ndim == 2
+        }
+
+    matrix = read(folders["with"] / "imatrix.gguf")
+    source = weights(folders["with"] / "gguf-f32")
+    assert set(source) <= set(matrix) and matrix["blk.1.ffn_down.weight"].shape == (512,)
+    error = {name: sum(float((matrix[k] * (w - source[k]) ** 2).sum()) for k, w in weights(folder / "gguf-q4_k_m").items())
+             for name, folder in folders.items()}  # fmt: skip
+    assert error["with"] < 0.97 * error["without"]
 
 
 def test_f16_is_upstreams_file_byte_for_byte(made, tmp_path):

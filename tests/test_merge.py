@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeft.compress.merge import merge, plan, scale_of
+from edgeft.compress.adapter import scale_of
+from edgeft.compress.merge import merge, plan
 from edgeft.errors import UsageError
 
 torch = pytest.importorskip("torch", reason="needs the extra: compress")
@@ -62,7 +63,7 @@ def test_added_in_float32_and_rounded_once(tmp_path, dtype):
     base, added = base_folder(tmp_path / "b", dtype), lora()
     adapter = adapter_folder(tmp_path / "a", added)
     (tmp_path / "out").mkdir()
-    facts = merge(str(base), str(adapter), str(tmp_path / "out"))
+    facts = merge(str(base), [[str(adapter), 1.0]], str(tmp_path / "out"))
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     a, b = (added[f"{MODULE}.lora_{x}.weight"].double() for x in "AB")
     exact = before[f"{MODULE}.weight"].double() + 1.5 * b @ a
@@ -79,7 +80,7 @@ def test_fan_in_fan_out_is_transposed(tmp_path):
     added = lora(out=4, width=6)
     adapter = adapter_folder(tmp_path / "a", added, fan_in_fan_out=True)
     (tmp_path / "out").mkdir()
-    merge(str(base), str(adapter), str(tmp_path / "out"))
+    merge(str(base), [[str(adapter), 1.0]], str(tmp_path / "out"))
     change = (
         load_file(tmp_path / "out" / "model.safetensors")[f"{MODULE}.weight"]
         - load_file(base / "model.safetensors")[f"{MODULE}.weight"]
@@ -100,16 +101,17 @@ def test_fan_in_fan_out_is_transposed(tmp_path):
         (
             {**lora(), "lm_head.weight": torch.ones(3, 4)},
             {},
-            r"1 tensor\(s\) of the adapter fit nothing in b \(first: base_model.model.lm_head",
+            "changes lm_head.weight, which b does not have",
         ),
         ({f"{MODULE}.lora_A.weight": torch.ones(2, 4)}, {}, "and no .*lora_B"),
-        (lora(), {"use_dora": True}, "DoRA"),
+        (lora(), {"use_dora": True}, "no magnitude"),
+        ({**lora(), f"{MODULE}.odd": torch.ones(2)}, {}, "fit nothing in b .first: .*odd"),
         (lora(), {"peft_type": "IA3"}, "IA3"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, tensors, config, complaint):
     with pytest.raises(UsageError, match=complaint):
-        plan(base_folder(tmp_path / "b"), adapter_folder(tmp_path / "a", tensors, **config))
+        plan(base_folder(tmp_path / "b"), [(adapter_folder(tmp_path / "a", tensors, **config), 1.0)])
 
 
 def test_not_a_number_is_named(tmp_path):
@@ -119,6 +121,6 @@ def test_not_a_number_is_named(tmp_path):
     with pytest.raises(UsageError, match=f"{MODULE}.weight has NaN"):
         merge(
             str(base_folder(tmp_path / "b")),
-            str(adapter_folder(tmp_path / "a", added)),
+            [[str(adapter_folder(tmp_path / "a", added)), 1.0]],
             str(tmp_path / "out"),
         )

@@ -157,7 +157,7 @@ def test_the_built_in_says_where_it_came_from(smollm2):
 
 def test_a_gguf_file_becomes_the_same_model(tiny_models, tmp_path, monkeypatch):
     from edgeft.compress import Recipe, compress
-    from edgeft.compress.merge import header_of
+    from edgeft.compress.adapter import header_of
 
     monkeypatch.setenv(
         "EDGEFT_CONVERTER", str(__import__("edgeft.compress.converter", fromlist=["x"]).converter())

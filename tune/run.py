@@ -79,7 +79,7 @@ def tune(base: Path, data: Path, out: Path, **changed: Any) -> dict[str, Any]:
             "recipe_sha256": key,
             "versions": versions,
             "files": list_files(staging),
-            "result": {k: made[k] for k in made if k not in ("wall_s", "peak_rss_bytes", "history")},
+            "result": {k: made[k] for k in made if k not in (*child.COST, "history")},
             "seen_rows": {"train": [row_hash(row) for row in rows]},
             "cost": {"wall_s": made["wall_s"], "peak_rss_bytes": made["peak_rss_bytes"]},
         }

@@ -1,4 +1,8 @@
-"""GGUF: f32, f16, bf16 and q8_0 by upstream's converter, K and IQ types by `llama_model_quantize`."""
+"""GGUF: f32, f16, bf16 and q8_0 by upstream's converter, K and IQ types by `llama_model_quantize`.
+
+With calibration rows the quantizer weighs columns by an importance matrix computed on them, which is kept as
+`dist/imatrix.gguf`.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,40 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from edgeft import child
+from edgeft import child, console
 from edgeft.compress.converter import convert, installed_version
-from edgeft.errors import EnvironmentFault
+from edgeft.errors import EnvironmentFault, UsageError
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
-# Without an importance matrix llama.cpp refuses the types below three bits, so they are not offered yet.
+# llama.cpp refuses these without an importance matrix.
+NEED_IMATRIX = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs")
 QUANTIZED = (
     "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
-VARIANTS = (*CONVERTED, *QUANTIZED)
+VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
 ENGINE = "gguf"
 PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
 REQUIRES = {"llama_cpp": "compress", "gguf": "compress", "torch": "compress", "transformers": "compress"}
-BLOCK_OF_256 = ("_k", "iq3_", "iq4_xs")
+BLOCK_OF_256 = ("_k", "iq1_", "iq2_", "iq3_", "iq4_xs")
 FALLBACK_WARNING_SHARE = 0.05
 
 
 def settings(job: Any) -> dict[str, Any]:
-    """What decides the result besides the merged model."""
-    return {
-        "converter": f"llama-cpp-python {installed_version()}",
-        "model_name": job.model_name,
-        "imatrix": None,
-    }
+    """What decides the result besides the merged model. Raises UsageError for a type that needs calibration rows."""
+    from edgeft.files import sha256_file
+
+    found = {"converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name}
+    if job.variant in CONVERTED:
+        return found
+    if job.calibration is None:
+        if job.variant in NEED_IMATRIX:
+            raise UsageError(
+                f"gguf:{job.variant} needs an importance matrix, which needs rows.",
+                "--calibration rows.jsonl",
+            )
+        return {**found, "imatrix": None}
+    return {**found, "imatrix": "mean squared inputs", "calibration_sha256": sha256_file(job.calibration)}
 
 
 def build(job: Any) -> dict[str, float]:
@@ -39,19 +52,55 @@ def build(job: Any) -> dict[str, float]:
     if job.variant in CONVERTED:
         return convert(job.merged, target, job.variant, job.model_name, job.log)
     source, spent = _unquantized(job)
-    made = child.call(
-        "edgeft.compress.formats.gguf:quantize",
-        log=job.log,
-        title="llama_model_quantize",
-        source=str(source),
-        target=str(target),
-        variant=job.variant,
-        threads=job.threads,
+    steps = [spent] if spent else []
+    imatrix = None
+    if job.calibration:
+        imatrix, spent = _imatrix(job, source)
+        steps += [spent] if spent else []
+    steps.append(
+        child.call(
+            "edgeft.compress.formats.gguf:quantize",
+            log=job.log,
+            title="llama_model_quantize",
+            source=str(source),
+            target=str(target),
+            variant=job.variant,
+            threads=job.threads,
+            imatrix=str(imatrix) if imatrix else None,
+        )
     )
     return {
-        "wall_s": spent.get("wall_s", 0.0) + made["wall_s"],
-        "peak_rss_bytes": max(spent.get("peak_rss_bytes", 0), made["peak_rss_bytes"]),
+        "wall_s": sum(step["wall_s"] for step in steps),
+        "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
     }
+
+
+def _imatrix(job: Any, source: Path) -> tuple[Path, dict[str, Any]]:
+    """The importance matrix of this merged model on these rows; the one that stands there where it is that."""
+    from edgeft.compress.imatrix import made_of
+    from edgeft.files import sha256_file
+    from edgeft.types import Artifact
+
+    wanted = f"{Artifact.load(job.merged / 'artifact.json').sha256} {sha256_file(job.calibration)}"
+    target = job.merged.parent / "imatrix.gguf"
+    if target.exists() and made_of(target) == wanted:
+        return target, {}
+    spent = child.call(
+        "edgeft.compress.imatrix:collect",
+        log=job.log,
+        title="the importance matrix",
+        merged=str(job.merged),
+        rows_file=str(job.calibration),
+        gguf=str(source),
+        out=str(target),
+        key=wanted,
+        threads=job.threads,
+    )
+    if spent["unnamed"]:
+        console.note(
+            f"  no importance for {len(spent['unnamed'])} layers that GGUF has no name for ({spent['unnamed'][0]}, …)"
+        )
+    return target, spent
 
 
 def _unquantized(job: Any) -> tuple[Path, dict[str, float]]:
@@ -59,7 +108,7 @@ def _unquantized(job: Any) -> tuple[Path, dict[str, float]]:
 
     The artefact of that precision where it stands already; else made in `work` and kept for the next job.
     """
-    from edgeft.compress.merge import header_of
+    from edgeft.compress.adapter import header_of
     from edgeft.types import Artifact
 
     merged_sha256 = Artifact.load(job.merged / "artifact.json").sha256
@@ -94,13 +143,27 @@ def _standing(folder: Path, merged_sha256: str, model_name: str) -> Path | None:
     return file if file.is_file() and sha256_file(file) == entry["sha256"] else None
 
 
-def quantize(source: str, target: str, variant: str, threads: int) -> dict[str, Any]:
-    """Quantize a GGUF file. Runs in a child process."""
+def quantize(
+    source: str, target: str, variant: str, threads: int, imatrix: str | None = None
+) -> dict[str, Any]:
+    """Quantize a GGUF file, columns weighed by an importance matrix where there is one. Runs in a child process."""
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, ftype_name(variant))
     parameters.nthread = threads
+    kept = []  # the numbers live as long as this function
+    if imatrix:
+        from edgeft.compress.imatrix import read
+
+        weighed = sorted(read(Path(imatrix)).items())
+        entries = (llama_cpp.llama_model_imatrix_data * (len(weighed) + 1))()
+        for entry, (name, values) in zip(entries, weighed, strict=False):
+            numbers = (ctypes.c_float * len(values))(*values.tolist())
+            kept.append(numbers)
+            entry.name, entry.size = name.encode(), len(values)
+            entry.data = ctypes.cast(numbers, ctypes.POINTER(ctypes.c_float))
+        parameters.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
     if code != 0:
         raise EnvironmentFault(

@@ -35,7 +35,7 @@ def settings(job: Any) -> dict[str, Any]:
 
 def group_size(merged: Path) -> int:
     """The largest of 128, 64, 32 that divides the input width of every linear layer."""
-    from edgeft.compress.merge import header_of
+    from edgeft.compress.adapter import header_of
 
     widths = {
         entry["shape"][1]
@@ -128,7 +128,7 @@ def restore_dtype(folder: Path, name: str) -> None:
 
 def inspect(folder: Path) -> dict[str, Any]:
     """Weights by what they are stored as, read from the safetensors headers."""
-    from edgeft.compress.merge import header_of
+    from edgeft.compress.adapter import header_of
     from edgeft.files import read_json
 
     bits = read_json(folder / "config.json")["quantization_config"]["bits"]

@@ -10,13 +10,19 @@ from edgeft.cli import options
 
 @click.command("compress")
 @click.argument("base")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of a LoRA adapter (peft).")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR[=SHARE]",
+    help="Folder of a LoRA adapter (peft); may be repeated, each with its share (1 if left out).",
+)
 @click.option(
     "--to",
     "formats",
     multiple=True,
     metavar="FORMAT",
-    help="gguf:q4_k_m, onnx:int8, gptq:4, …; may be repeated.",
+    help="gguf:q4_k_m, onnx:int8, gptq:4, merged, …; may be repeated.",
 )
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="Rows (JSON lines) for the formats that calibrate."
@@ -34,7 +40,7 @@ from edgeft.cli import options
 @options
 def command(
     base: str,
-    adapter: Path | None,
+    adapters: tuple[str, ...],
     formats: tuple[str, ...],
     calibration: Path | None,
     out: Path,
@@ -60,7 +66,7 @@ def command(
         threads=threads or os.cpu_count() or 1,
         allow_seen_rows=allow_seen_rows,
     )
-    artifacts = compress(pull(base), adapter, recipe)
+    artifacts = compress(pull(base), [share_of(word) for word in adapters], recipe)
     console.result([a.to_dict() for a in artifacts])
     console.table(
         ["artefact", "MB", "bits/weight", "types", "made in s", "peak MB"],
@@ -76,3 +82,14 @@ def command(
             for a in artifacts
         ],
     )
+
+
+def share_of(word: str) -> tuple[Path, float]:
+    """DIR or DIR=SHARE."""
+    folder, sign, share = word.rpartition("=")
+    if sign and not Path(word).exists():
+        try:
+            return Path(folder), float(share)
+        except ValueError:
+            pass
+    return Path(word), 1.0
