@@ -31,7 +31,7 @@ def page(report: BenchReport) -> str:
         body += f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
     figures = [
         (_accuracy_plot(report), "Accuracy over size. Bars are Wilson's 95 % intervals."),
-        (_speed_plot(report), "Decode speed over size, one stream. Bars span the middle 90 % of the runs."),
+        (_speed_plot(report), "Decode speed over size, one stream. Bars span all runs."),
     ]
     plots = "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures if svg)
     listed = "".join(f"<li>{html.escape(line)}</li>" for line in notes(report))
@@ -77,20 +77,18 @@ def _scatter(
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         for result, value, below, above in points:
             colour = COLOURS.get(result.get("format", ""), "#9467bd")
-            axes.errorbar(
-                result["size_bytes"] / 1e6,
-                value,
-                yerr=[[max(below, 0)], [max(above, 0)]],
-                fmt="o",
-                color=colour,
-                capsize=2,
-            )
+            size_mb = result["size_bytes"] / 1e6
+            axes.vlines(size_mb, value - max(below, 0), value + max(above, 0), color=colour, alpha=0.35, lw=2)
+            axes.plot(size_mb, value, "o", color=colour, zorder=3)
         top = limits[1] or 1.12 * max(value + above for _, value, _, above in points)
-        axes.set(xlabel="size (MB)", ylabel=label, ylim=(limits[0], top), xlim=(0, None))
-        for (result, value, _, _), shift in zip(points, _label_shifts(points, top), strict=True):
+        widest = max(result["size_bytes"] for result, *_ in points) / 1e6
+        axes.set(xlabel="size (MB)", ylabel=label, ylim=(limits[0], top), xlim=(0, 1.25 * widest))
+        for (result, value, _, _), (align, shift) in zip(points, _label_places(points, top), strict=True):
             axes.annotate(
-                result["id"], (result["size_bytes"] / 1e6, value), xytext=(6, shift), textcoords="offset points", fontsize=8.5,
-                arrowprops={"arrowstyle": "-", "color": "#bbb", "lw": 0.6} if abs(shift) > 12 else None,
+                result["id"], (result["size_bytes"] / 1e6, value), xytext=(6 if align == "left" else -6, shift),
+                textcoords="offset points", ha=align, fontsize=8.5, zorder=4,
+                arrowprops={"arrowstyle": "-", "color": "#888", "lw": 0.6} if abs(shift) > 12 else None,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
             )  # fmt: skip
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -100,16 +98,29 @@ def _scatter(
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _label_shifts(points: list[tuple[dict[str, Any], float, float, float]], top: float) -> list[float]:
-    """Vertical offsets in points that keep names of close neighbours apart."""
+def _label_places(
+    points: list[tuple[dict[str, Any], float, float, float]], top: float
+) -> list[tuple[str, float]]:
+    """For each point the side its name stands on, and a vertical offset in points: clear of names and of other points."""
     widest = max(p[0]["size_bytes"] for p in points)
-    placed: list[tuple[float, float]] = []
-    shifts = [0.0] * len(points)
-    for index in sorted(range(len(points)), key=lambda i: -points[i][1]):
-        x, y = points[index][0]["size_bytes"] / widest, points[index][1] / top * 240
-        shift = 4.0
-        while any(abs(x - px) < 0.22 and abs(y + shift - py) < 11 for px, py in placed):
-            shift -= 5
-        placed.append((x, y + shift))
-        shifts[index] = shift
-    return shifts
+    spots = [(p[0]["size_bytes"] / widest, p[1] / top * 240) for p in points]
+    # What is taken: (left, right, height), in shares of the widest and in points.
+    taken = [(x - 0.02, x + 0.02, y) for x, y in spots]
+    places: list[tuple[str, float]] = [("left", 0.0)] * len(points)
+    for index in sorted(range(len(points)), key=lambda i: -spots[i][1]):
+        (x, y), length = spots[index], 0.022 * len(points[index][0]["id"])
+        tries = [
+            (side, shift)
+            for shift in (4, -8, 14, -18, 24, -28, -38, 34, -48, 44)
+            for side in ("left", "right")
+        ]
+        for align, shift in tries:
+            left, right = (x + 0.03, x + 0.03 + length) if align == "left" else (x - 0.03 - length, x - 0.03)
+            others = [t for t in taken if t != (x - 0.02, x + 0.02, y)]
+            if left > 0 and not any(
+                left < r and right > lo and abs(y + shift + 3 - h) < 11 for lo, r, h in others
+            ):
+                break
+        taken.append((left, right, y + shift + 3))
+        places[index] = (align, shift)
+    return places

@@ -15,6 +15,8 @@ SHARED = ROOT.parent / "shared"
 # Offline, as on a box: nothing is loaded from a hub at run time.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two files are tested at a time: threads that spin while they wait would take the other's core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,13 @@ pytest.importorskip("llama_cpp", reason="needs the extra: compress")
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: onnx")
 
 KINDS = ("llama", "qwen2", "qwen3")
-FORMATS = ("gguf:f32", "gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "onnx:fp32", "onnx:int8")
+FORMATS = ("gguf:f32", "gguf:f16", "gguf:q4_k_m", "onnx:int8")
 IDS = [[1, 5, 99, 1234, 4321, 7, 42, 17], [2, 2000, 13, 40000, 12]]
 
 
 def formats_of(kind: str) -> tuple[str, ...]:
-    """What is made of a kind: the ONNX builder is slow, so int4 of one is enough."""
-    return (*FORMATS, "onnx:int4") if kind == "llama" else FORMATS
+    """What is made of a kind: one has them all, the others what could differ by architecture."""
+    return (*FORMATS, "gguf:q8_0", "onnx:fp32", "onnx:int4") if kind == "llama" else FORMATS
 
 
 def logits_of(engine: str, folder: Path, log: Path) -> list[np.ndarray]:
@@ -105,11 +105,12 @@ def test_merge_equals_peft(made, tiny_models, tiny_adapters):
 
 
 def test_unquantized_files_have_the_sources_logits(made, tmp_path):
-    _, out = made
+    kind, out = made
     wanted = torch_logits(out / "merged")
     assert worst(logits_of("gguf", out / "gguf-f32", tmp_path / "f32.log"), wanted) < 3e-5
     assert worst(logits_of("gguf", out / "gguf-f16", tmp_path / "f16.log"), wanted) < 5e-3
-    assert worst(logits_of("onnx", out / "onnx-fp32", tmp_path / "onnx.log"), wanted) < 3e-4
+    if kind == "llama":
+        assert worst(logits_of("onnx", out / "onnx-fp32", tmp_path / "onnx.log"), wanted) < 3e-4
 
 
 # Weights that llama.cpp multiplies with 8-bit activations: in blocks of 32 with Q8_0, of 256 with K-quants (ggml's vec_dot types).
@@ -140,7 +141,9 @@ def with_8bit_activations(folder: Path, block: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("variant", ["q8_0", "q4_k_m"])
 def test_quantized_logits_are_those_of_the_files_own_weights(made, variant, tmp_path):
     """Within 5e-2 of float32 arithmetic, and what is left is llama.cpp's rounding of activations."""
-    _, out = made
+    kind, out = made
+    if variant == "q8_0" and kind != "llama":
+        pytest.skip("its blocks are the same for every kind; K-quants differ by tensor")
     gguf = next((out / f"gguf-{variant}").glob("*.gguf"))
     twin = dequantized_twin(gguf, out / "merged", tmp_path / "twin")
     found, wanted = logits_of("gguf", gguf.parent, tmp_path / "q.log"), torch_logits(twin)
@@ -232,25 +235,26 @@ def test_a_merge_that_is_not_base_plus_adapter_is_rejected(tiny_models, tiny_ada
     assert "not base + adapter" in reasons["seen"]
 
 
-def test_an_importance_matrix_serves_the_rows_it_was_made_of(tiny_models, tmp_path):
+def test_an_importance_matrix_serves_the_rows_it_was_made_of(made, tiny_models, tiny_adapters, tmp_path):
     """Weighed by it, the quantized weights are nearer the source's than without."""
     from gguf import GGUFReader, dequantize
 
     from edgeft.compress.imatrix import read
     from edgeft.errors import UsageError
 
+    kind, out = made
+    if kind != "llama":
+        pytest.skip("one kind is enough")
+    model, adapter = tiny_models[kind], tiny_adapters[kind]
     with pytest.raises(UsageError, match="needs an importance matrix"):
-        compress(tiny_models["llama"], None, Recipe(out=tmp_path / "no", formats=("gguf:iq2_s",)))
-    folders = {}
-    for name, calibration in (("without", None), ("with", DESK / "calibrate.jsonl")):
-        folders[name] = tmp_path / name
-        formats = ("gguf:f32", "gguf:q4_k_m", "gguf:iq2_s") if calibration else ("gguf:q4_k_m",)
-        made = compress(
-            tiny_models["llama"],
-            None,
-            Recipe(out=folders[name], formats=formats, calibration=calibration, name="tiny"),
-        )
-    assert made[2].seen_rows["calibrate"] and "calibrate" not in made[1].seen_rows
+        compress(model, adapter, Recipe(out=out, formats=("gguf:iq2_s",), name="tiny"))
+    for name in ("merged", "gguf-f32"):
+        shutil.copytree(out / name, tmp_path / name)
+    formats, calibration = ("gguf:f32", "gguf:q4_k_m", "gguf:iq2_s"), DESK / "calibrate.jsonl"
+    again = compress(
+        model, adapter, Recipe(out=tmp_path, formats=formats, calibration=calibration, name="tiny")
+    )
+    assert again[2].seen_rows["calibrate"] and "calibrate" not in again[1].seen_rows
 
     def weights(folder: Path) -> dict[str, np.ndarray]:
         tensors = GGUFReader(next(folder.glob("*.gguf"))).tensors
@@ -260,12 +264,13 @@ def test_an_importance_matrix_serves_the_rows_it_was_made_of(tiny_models, tmp_pa
             if t.name.startswith("blk.") and t.data.ndim == 2
         }
 
-    matrix = read(folders["with"] / "imatrix.gguf")
-    source = weights(folders["with"] / "gguf-f32")
+    matrix, source = read(tmp_path / "imatrix.gguf"), weights(out / "gguf-f32")
     assert set(source) <= set(matrix) and matrix["blk.1.ffn_down.weight"].shape == (512,)
-    error = {name: sum(float((matrix[k] * (w - source[k]) ** 2).sum()) for k, w in weights(folder / "gguf-q4_k_m").items())
-             for name, folder in folders.items()}  # fmt: skip
-    assert error["with"] < 0.97 * error["without"]
+    with_it, without = (
+        sum(float((matrix[k] * (w - source[k]) ** 2).sum()) for k, w in weights(f / "gguf-q4_k_m").items())
+        for f in (tmp_path, out)
+    )
+    assert with_it < 0.97 * without
 
 
 def test_f16_is_upstreams_file_byte_for_byte(made, tmp_path):
@@ -350,7 +355,7 @@ def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
     from edgeft.engines.client import chat
     from edgeft.engines.local import LocalModel
 
-    _, out = made
+    kind, out = made
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Where is my parcel?"},
@@ -358,7 +363,8 @@ def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
     tokenizer = load_tokenizer(out / "merged")
     wanted = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     texts = {}
-    for folder, engine in (("gguf-f32", "gguf"), ("onnx-fp32", "onnx"), ("merged", "transformers")):
+    onnx = "onnx-fp32" if kind == "llama" else "onnx-int8"
+    for folder, engine in (("gguf-f32", "gguf"), (onnx, "onnx"), ("merged", "transformers")):
         with (
             LocalModel(out / folder, engine, log=tmp_path / f"{folder}.log", context=256) as model,
             httpx.Client() as client,
@@ -367,4 +373,5 @@ def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
             reply = chat(client, model.url, body, model.key)
             assert reply.prompt_tokens == wanted and reply.output_tokens == 12
             texts[engine] = reply.text
-    assert texts["gguf"] == texts["transformers"] == texts["onnx"]
+    assert texts["gguf"] == texts["transformers"]
+    assert onnx != "onnx-fp32" or texts["onnx"] == texts["gguf"]

@@ -90,6 +90,7 @@ def pull_from(url: str, name: str, home: Path) -> subprocess.CompletedProcess:
         **os.environ,
         "HF_ENDPOINT": url,
         "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),  # some libraries set it on import
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
     }
