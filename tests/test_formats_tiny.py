@@ -200,7 +200,8 @@ def test_manifests_count_every_parameter(made):
         assert artifact.made_from["merged_sha256"] == merged.sha256
     assert load_artifact(out / "gguf-q4_k_m").fallback_share == 0.0
     assert 4.5 < load_artifact(out / "gguf-q4_k_m").bits_per_weight < 7
-    assert 8.4 < load_artifact(out / "gguf-q8_0").bits_per_weight < 8.6
+    if kind == "llama":
+        assert 8.4 < load_artifact(out / "gguf-q8_0").bits_per_weight < 8.6
 
 
 def test_merging_is_proven(made):
