@@ -22,8 +22,8 @@ TEXTS = (
     "Ce qui compte, c'est que la réponse soit juste.",
     "Which intent does this request have? I was charged twice for the same order.",
 )
-# Base and merged in float32 one after the other, the live adapter's copy, and the logits.
-BYTES_PER_PARAMETER = 6.0
+# Base and merged in float32 one after the other, with what loading needs beside; SmolLM2-135M was seen to take 1.9 GB.
+BYTES_PER_PARAMETER, FIXED_BYTES = 9.0, 0.7e9
 
 
 def owed(parameters: int, several: bool) -> str | None:
@@ -36,7 +36,7 @@ def owed(parameters: int, several: bool) -> str | None:
         return "peft is not installed: pip install 'edgeft[tune]'"
     if several:
         return "several adapters have no live equivalent in peft for every kind"
-    needed, free = parameters * BYTES_PER_PARAMETER, psutil.virtual_memory().available
+    needed, free = parameters * BYTES_PER_PARAMETER + FIXED_BYTES, psutil.virtual_memory().available
     if needed > free:
         return f"needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return None
@@ -47,6 +47,8 @@ def prove(base: str, adapter: str, merged: str, rows_file: str | None, threads: 
 
     Returns kld_merged and kld_base (nats, means over positions), same_top1, largest_logit_difference, positions.
     """
+    import gc
+
     import numpy as np
     import torch
     from peft import PeftModel
@@ -70,6 +72,7 @@ def prove(base: str, adapter: str, merged: str, rows_file: str | None, threads: 
     model = PeftModel.from_pretrained(model, adapter).eval()
     live = logits()
     del model
+    gc.collect()
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     found = logits()
 
