@@ -47,8 +47,11 @@ def caller(
 
 
 def _litellm(model: str) -> Caller:
+    # The prices that ship with the package, not a page fetched at import.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     try:
         import litellm
+        import openai
     except ImportError:
         raise missing_extra("litellm", "api") from None
 
@@ -64,7 +67,7 @@ def _litellm(model: str) -> Caller:
             raise UsageError(
                 f"{model}: no valid API key.", "set the provider's key, as OPENAI_API_KEY"
             ) from error
-        except litellm.exceptions.APIError as error:
+        except openai.OpenAIError as error:  # the root of all that litellm raises
             raise EnvironmentFault(
                 f"{model} failed: {str(error)[:200]}", "try again, or leave --model out"
             ) from error
