@@ -81,8 +81,9 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
                 "calibrate",
                 calibration,
             )
-    if any(name == "gptq" for name, _ in specs) and calibration is None:
-        raise UsageError("gptq needs rows to calibrate on.", "--calibration rows.jsonl")
+    for name, variant in specs:
+        if calibration is None and (why := formats.module_of(name).NEEDS_ROWS.get(variant)):
+            raise UsageError(f"{name}:{variant} needs {why}.", "--calibration rows.jsonl")
     need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
 
     work = recipe.out / ".work"

@@ -45,7 +45,8 @@ def owed(parameters: int, several: bool) -> str | None:
 def prove(base: str, adapter: str, merged: str, rows_file: str | None, threads: int) -> dict[str, Any]:
     """Compare live and merged logits. Runs in a child process.
 
-    Returns kld_merged and kld_base (nats, means over positions), same_top1, largest_logit_difference, positions.
+    Returns kld_merged and kld_base (nats, means over positions), same_top1 (share of positions),
+    largest_logprob_difference (nats), positions.
     """
     import gc
 

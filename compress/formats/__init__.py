@@ -2,6 +2,7 @@
 
 A format module has
     VARIANTS        the names after the colon
+    NEEDS_ROWS      variant -> what it needs calibration rows for
     ENGINE          the engine that runs what it makes
     PACKAGES        the packages whose versions decide the result
     REQUIRES        import name -> extra that brings it

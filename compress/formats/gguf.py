@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeft import child, console
 from edgeft.compress.converter import convert, installed_version
-from edgeft.errors import EnvironmentFault, UsageError
+from edgeft.errors import EnvironmentFault
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 # llama.cpp refuses these without an importance matrix.
@@ -22,6 +22,7 @@ QUANTIZED = (
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
+NEEDS_ROWS = dict.fromkeys(NEED_IMATRIX, "an importance matrix, which needs rows")
 ENGINE = "gguf"
 PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
 REQUIRES = {"llama_cpp": "compress", "gguf": "compress", "torch": "compress", "transformers": "compress"}
@@ -30,18 +31,13 @@ FALLBACK_WARNING_SHARE = 0.05
 
 
 def settings(job: Any) -> dict[str, Any]:
-    """What decides the result besides the merged model. Raises UsageError for a type that needs calibration rows."""
+    """What decides the result besides the merged model."""
     from edgeft.files import sha256_file
 
     found = {"converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name}
     if job.variant in CONVERTED:
         return found
     if job.calibration is None:
-        if job.variant in NEED_IMATRIX:
-            raise UsageError(
-                f"gguf:{job.variant} needs an importance matrix, which needs rows.",
-                "--calibration rows.jsonl",
-            )
         return {**found, "imatrix": None}
     return {**found, "imatrix": "mean squared inputs", "calibration_sha256": sha256_file(job.calibration)}
 

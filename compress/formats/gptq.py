@@ -10,6 +10,7 @@ from edgeft import child
 from edgeft.errors import UsageError
 
 VARIANTS = ("2", "3", "4", "8")
+NEEDS_ROWS = dict.fromkeys(VARIANTS, "rows to calibrate on")
 ENGINE = "transformers"
 PACKAGES = ("gptqmodel", "optimum", "torch", "transformers")
 REQUIRES = {"gptqmodel": "gptq", "optimum": "gptq", "torch": "gptq", "transformers": "gptq"}
@@ -18,11 +19,9 @@ CALIBRATION_ROWS = 32
 
 
 def settings(job: Any) -> dict[str, Any]:
-    """What decides the result besides the merged model. Raises UsageError without calibration rows."""
+    """What decides the result besides the merged model."""
     from edgeft.files import sha256_file
 
-    if job.calibration is None:
-        raise UsageError(f"gptq:{job.variant} needs rows to calibrate on.", "--calibration rows.jsonl")
     return {
         "bits": int(job.variant),
         "group_size": group_size(job.merged),

@@ -13,6 +13,7 @@ from edgeft import child
 from edgeft.files import read_json
 
 VARIANTS = ("int8", "int4", "fp32")
+NEEDS_ROWS: dict[str, str] = {}
 ENGINE = "onnx"
 PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx-ir", "torch", "transformers")
 REQUIRES = {
