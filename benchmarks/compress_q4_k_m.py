@@ -29,19 +29,12 @@ BASE = "smollm2-135m-instruct"
 def random_adapter(base: str, out: str) -> dict[str, Any]:
     """An adapter of rank 16 over all linear layers, with small random weights."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from benchmarks.random_lora import save_random_lora
+
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0.0, 0.002)
-    model.save_pretrained(out)
+    save_random_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), out, 0.002)
     return {}
 
 

@@ -30,22 +30,17 @@ SHAPES = {
 def make(base: str, adapter: str) -> dict[str, Any]:
     """Write the model and the adapter."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.random_lora import save_random_lora
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES, tie_word_embeddings=False, dtype="bfloat16"))
+    parameters = model.num_parameters()
     model.save_pretrained(base, max_shard_size="100GB")
-    model = get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(0.0, 0.01)
-    model.save_pretrained(adapter)
-    return {"parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)}
+    save_random_lora(model, adapter, 0.01)
+    return {"parameters": parameters}
 
 
 def by_peft(base: str, adapter: str, out: str) -> dict[str, Any]:
