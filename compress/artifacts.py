@@ -50,7 +50,7 @@ class Recipe:
     """What `compress` makes and where."""
 
     out: Path
-    formats: tuple[str, ...]  # format:variant
+    formats: tuple[str, ...]  # format:variant[,option=value…]
     calibration: Path | None = None  # rows for the formats that calibrate
     name: str | None = None  # the model's name in files and metadata
     threads: int = os.cpu_count() or 1
@@ -81,9 +81,9 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
                 "calibrate",
                 calibration,
             )
-    for name, variant in specs:
-        if calibration is None and (why := formats.module_of(name).NEEDS_ROWS.get(variant)):
-            raise UsageError(f"{name}:{variant} needs {why}.", "--calibration rows.jsonl")
+    for spec in specs:
+        if calibration is None and (why := formats.module_of(spec.format).NEEDS_ROWS.get(spec.variant)):
+            raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
     need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
 
     work = recipe.out / ".work"
@@ -91,14 +91,13 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
     name = recipe.name or default_name(base, adapters)
     merged = _merged(base, adapters, recipe, name, seen, work)
     made = [merged]
-    for format_name, variant in specs:
+    for spec in specs:
         job = Job(
-            format=format_name,
-            variant=variant,
+            spec=spec,
             merged=recipe.out / "merged",
-            out=recipe.out / f"{format_name}-{variant}",
+            out=recipe.out / spec.id,
             work=work,
-            log=work / f"{format_name}-{variant}.log",
+            log=work / f"{spec.id}.log",
             model_name=name,
             calibration=calibration,
             threads=recipe.threads,
@@ -224,13 +223,13 @@ def weight_parameters(file: Path) -> int:
 
 def _artifact(job: Job, merged: Artifact) -> Artifact:
     """One format's folder."""
-    module = formats.module_of(job.format)
+    module = formats.module_of(job.spec.format)
     seen = dict(merged.seen_rows)
     settings = module.settings(job)
     if "calibration_sha256" in settings and job.calibration:
         seen["calibrate"] = [row_hash(row) for row in load_rows(job.calibration)]
     blank = Artifact(
-        id=job.id, format=job.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
+        id=job.spec.id, format=job.spec.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
         made_from={**merged.made_from, "merged_sha256": merged.sha256}, recipe=settings, recipe_sha256="",
         versions=versions_of(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
         tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
@@ -241,9 +240,9 @@ def _artifact(job: Job, merged: Artifact) -> Artifact:
         return module.build(replace(job, out=out))
 
     def inspect(out: Path, _: dict[str, Any]) -> dict[str, Any]:
-        return module.inspect(out)
+        return module.inspect(replace(job, out=out))
 
-    artifact = _make(blank, job.out, build, inspect, f"making {job.format}:{job.variant}")
+    artifact = _make(blank, job.out, build, inspect, f"making {job.spec}")
     if (artifact.fallback_share or 0.0) > 0.05:
         console.note(
             f"  {artifact.id}: {artifact.fallback_share:.0%} of the parameters stand in rows that are no multiple of 256 "

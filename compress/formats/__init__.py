@@ -2,24 +2,28 @@
 
 A format module has
     VARIANTS        the names after the colon
+    OPTIONS         option -> (function that reads its text or raises ValueError, what it takes)
     NEEDS_ROWS      variant -> what it needs calibration rows for
     ENGINE          the engine that runs what it makes
     PACKAGES        the packages whose versions decide the result
     REQUIRES        import name -> extra that brings it
     settings(job)   -> dict that decides the result besides the merged model (goes into the recipe's hash)
     build(job)      -> cost; writes its files into job.out
-    inspect(folder) -> {"tensor_types", "tensor_bytes", "fallback_share"}
+    inspect(job)    -> {"tensor_types", "tensor_bytes", "fallback_share"} of what lies in job.out
+
+What is asked for is written `format:variant[,option=value…]`, as `gguf:q4_k_m,ffn_down=q6_k`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from edgeft.errors import UsageError, missing_extra, nearest
+from edgeft.errors import UsageError, missing_extra, nearest, unknown
 
 FORMATS = {
     "gguf": "edgeft.compress.formats.gguf",
@@ -29,11 +33,27 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """One artefact to be made."""
+class Spec:
+    """What is asked for: a format, its variant, and options that differ from the format's own defaults."""
 
     format: str
     variant: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The artefact's folder name."""
+        return f"{self.format}-{self.variant}" + "".join(f"+{k}={v}" for k, v in sorted(self.options.items()))
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.variant}" + "".join(f",{k}={v}" for k, v in sorted(self.options.items()))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artefact to be made."""
+
+    spec: Spec
     merged: Path  # the merged model's folder
     out: Path  # an empty folder for the artefact's files
     work: Path  # scratch that outlives a job, shared by the jobs of one run
@@ -43,9 +63,14 @@ class Job:
     threads: int
 
     @property
-    def id(self) -> str:
-        """The artefact's folder name."""
-        return f"{self.format}-{self.variant}"
+    def variant(self) -> str:
+        """The name after the colon."""
+        return self.spec.variant
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options asked for."""
+        return self.spec.options
 
 
 def module_of(name: str) -> ModuleType:
@@ -53,16 +78,48 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(FORMATS[name])
 
 
-def parse(spec: str) -> tuple[str, str]:
-    """Split `format:variant`. Raises UsageError with the nearest right one; missing packages name their extra."""
-    name, _, variant = spec.lower().partition(":")
+def parse(text: str) -> Spec:
+    """Read `format:variant[,option=value…]`.
+
+    Raises UsageError with the nearest right word, or with what an option takes; a missing package names its extra.
+    """
+    head, *words = text.split(",")
+    name, _, variant = head.strip().lower().partition(":")
     known = [f"{f}:{v}" for f in FORMATS for v in module_of(f).VARIANTS]
     if name not in FORMATS or variant not in module_of(name).VARIANTS:
-        best = nearest(spec, known) or next((k for k in known if k.startswith(f"{name}:")), "gguf:q4_k_m")
+        best = nearest(head, known) or next((k for k in known if k.startswith(f"{name}:")), "gguf:q4_k_m")
         raise UsageError(
-            f"the format '{spec}' is not known. Did you mean '{best}'?", f"edgeft compress … --to {best}"
+            f"the format '{head}' is not known. Did you mean '{best}'?", f"edgeft compress … --to {best}"
         )
-    for package, extra in module_of(name).REQUIRES.items():
+    module = module_of(name)
+    options = dict(_option(word.strip(), head, module.OPTIONS) for word in words)
+    for package, extra in module.REQUIRES.items():
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, extra)
-    return name, variant
+    return Spec(name, variant, options)
+
+
+def _option(word: str, head: str, known: dict[str, Any]) -> tuple[str, Any]:
+    """One `option=value`, read."""
+    key, _, value = word.partition("=")
+    if key not in known:
+        raise unknown(f"{head}: the option", key, known, "see docs/formats.md")
+    read, takes = known[key]
+    try:
+        return key, read(value)
+    except ValueError:
+        raise UsageError(
+            f"{head}: {key} takes {takes}; '{value}' was given.", "see docs/formats.md"
+        ) from None
+
+
+def one_of(*values: Any) -> tuple[Any, str]:
+    """An option that takes one of some values."""
+    texts = {str(v).lower(): v for v in values}
+
+    def read(text: str) -> Any:
+        if text.lower() not in texts:
+            raise ValueError(text)
+        return texts[text.lower()]
+
+    return read, ", ".join(texts)

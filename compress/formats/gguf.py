@@ -22,6 +22,7 @@ QUANTIZED = (
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
+OPTIONS: dict[str, Any] = {}
 NEEDS_ROWS = dict.fromkeys(NEED_IMATRIX, "an importance matrix, which needs rows")
 ENGINE = "gguf"
 PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
@@ -173,13 +174,12 @@ def ftype_name(variant: str) -> str:
     return f"LLAMA_FTYPE_MOSTLY_{variant.upper()}"
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(job: Any) -> dict[str, Any]:
     """Tensors and parameters by type, read from the file; the share of parameters too narrow for the asked type."""
     from gguf import GGUFReader
 
-    file = next(folder.glob("*.gguf"))
-    variant = file.stem.rsplit("-", 1)[1]
-    wide = any(mark in variant for mark in BLOCK_OF_256)
+    file = next(job.out.glob("*.gguf"))
+    wide = any(mark in job.variant for mark in BLOCK_OF_256)
     types: dict[str, dict[str, int]] = {}
     total_bytes = parameters = narrow = 0
     for tensor in GGUFReader(file).tensors:

@@ -10,6 +10,7 @@ from edgeft import child
 from edgeft.errors import UsageError
 
 VARIANTS = ("2", "3", "4", "8")
+OPTIONS: dict[str, Any] = {}
 NEEDS_ROWS = dict.fromkeys(VARIANTS, "rows to calibrate on")
 ENGINE = "transformers"
 PACKAGES = ("gptqmodel", "optimum", "torch", "transformers")
@@ -125,15 +126,15 @@ def restore_dtype(folder: Path, name: str) -> None:
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": name})
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(job: Any) -> dict[str, Any]:
     """Weights by what they are stored as, read from the safetensors headers."""
     from edgeft.compress.adapter import header_of
     from edgeft.files import read_json
 
-    bits = read_json(folder / "config.json")["quantization_config"]["bits"]
+    bits = read_json(job.out / "config.json")["quantization_config"]["bits"]
     types: dict[str, dict[str, int]] = {}
     total_bytes = 0
-    for file in folder.glob("*.safetensors"):
+    for file in job.out.glob("*.safetensors"):
         for name, entry in header_of(file).items():
             count = 1
             for size in entry["shape"]:

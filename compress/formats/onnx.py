@@ -13,6 +13,7 @@ from edgeft import child
 from edgeft.files import read_json
 
 VARIANTS = ("int8", "int4", "fp32")
+OPTIONS: dict[str, Any] = {}
 NEEDS_ROWS: dict[str, str] = {}
 ENGINE = "onnx"
 PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx-ir", "torch", "transformers")
@@ -64,13 +65,13 @@ def build(job: Any) -> dict[str, float]:
     }
 
 
-def inspect(folder: Path) -> dict[str, Any]:
+def inspect(job: Any) -> dict[str, Any]:
     """Weights by what they are stored as, read from the graph."""
     return child.call(
         "edgeft.compress.formats.onnx:read_types",
-        log=folder.parent / ".work" / "inspect.log",
+        log=job.work / "inspect.log",
         title="reading the ONNX file",
-        folder=str(folder),
+        folder=str(job.out),
     )
 
 
