@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -105,6 +106,7 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
         made.append(_artifact(job, merged))
     for leftover in work.glob("source-*"):
         leftover.unlink()
+    shutil.rmtree(work / "moments", ignore_errors=True)
     return made
 
 

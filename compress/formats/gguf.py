@@ -1,7 +1,8 @@
 """GGUF: f32, f16, bf16 and q8_0 by upstream's converter, K and IQ types by `llama_model_quantize`.
 
 With calibration rows the quantizer weighs columns by an importance matrix computed on them, which is kept as
-`dist/imatrix.gguf`.
+`dist/imatrix.gguf`, and the codes are then chosen again with error feedback (`edgeft.compress.rounding`): types,
+scales and size stay llama.cpp's.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
+from edgeft.compress import blocks
 from edgeft.compress.converter import convert, installed_version
-from edgeft.errors import EnvironmentFault
+from edgeft.compress.formats import one_of
+from edgeft.errors import EnvironmentFault, UsageError
+from edgeft.files import read_json, sha256_json
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 # llama.cpp refuses these without an importance matrix.
@@ -22,7 +26,37 @@ QUANTIZED = (
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
-OPTIONS: dict[str, Any] = {}
+TENSOR_TYPES = ("f32", "f16", "bf16", *blocks.LAYOUTS)
+# What llama.cpp calls the tensors of a layer, and the two ends.
+TENSOR_CLASSES = (
+    "token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
+    "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
+)  # fmt: skip
+
+
+class TensorTypes(dict[str, str]):
+    """Tensor name -> type; written as a short hash where it is part of a name."""
+
+    def __str__(self) -> str:
+        return sha256_json(self)[:8]
+
+
+def read_types(text: str) -> TensorTypes:
+    """A JSON file of tensor name -> type. Raises UsageError where it is none, ValueError where the file is absent."""
+    if not Path(text).is_file():
+        raise ValueError(text)
+    found = read_json(Path(text))
+    for name, kind in found.items() if isinstance(found, dict) else [("the file", found)]:
+        if kind not in TENSOR_TYPES:
+            raise UsageError(f"{text}: {name} is to be {kind!r}, which is no type.", ", ".join(TENSOR_TYPES))
+    return TensorTypes(sorted(found.items()))
+
+
+OPTIONS: dict[str, Any] = {
+    "rounding": one_of("nearest", "feedback"),
+    "types": (read_types, "a JSON file of tensor name -> type"),
+    **dict.fromkeys(TENSOR_CLASSES, one_of(*TENSOR_TYPES)),
+}
 NEEDS_ROWS = dict.fromkeys(NEED_IMATRIX, "an importance matrix, which needs rows")
 ENGINE = "gguf"
 PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
@@ -32,27 +66,55 @@ FALLBACK_WARNING_SHARE = 0.05
 
 
 def settings(job: Any) -> dict[str, Any]:
-    """What decides the result besides the merged model."""
+    """What decides the result besides the merged model. Raises UsageError for options that the variant can't have."""
     from edgeft.files import sha256_file
 
     found = {"converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name}
     if job.variant in CONVERTED:
+        if refused := set(job.options) & {"rounding", "types", *TENSOR_CLASSES}:
+            raise UsageError(
+                f"gguf:{job.variant} is written by the converter, which has no {sorted(refused)[0]}.",
+                "--to gguf:q4_k_m,… (any quantized type)",
+            )
         return found
+    rounding = rounding_of(job)
+    if types := tensor_types(job.options):
+        found["tensor_types"] = dict(types)
     if job.calibration is None:
-        return {**found, "imatrix": None}
-    return {**found, "imatrix": "mean squared inputs", "calibration_sha256": sha256_file(job.calibration)}
+        return {**found, "imatrix": None, "rounding": rounding}
+    return {
+        **found,
+        "imatrix": "mean squared inputs",
+        "rounding": rounding,
+        "calibration_sha256": sha256_file(job.calibration),
+    }
 
 
-def build(job: Any) -> dict[str, float]:
+def rounding_of(job: Any) -> str:
+    """nearest, or feedback where there are rows. Raises UsageError where feedback is asked for without."""
+    asked = job.options.get("rounding")
+    if asked == "feedback" and job.calibration is None:
+        raise UsageError(f"{job.spec} needs rows for its error feedback.", "--calibration rows.jsonl")
+    return asked or ("feedback" if job.calibration else "nearest")
+
+
+def tensor_types(options: dict[str, Any]) -> list[tuple[str, str]]:
+    """(regular expression over tensor names, type), the first that fits decides, as llama.cpp reads them."""
+    single = [(rf"^{name.replace('.', '[.]')}$", kind) for name, kind in options.get("types", {}).items()]
+    classes = [(rf"(^|[.]){name}[.]weight$", options[name]) for name in TENSOR_CLASSES if name in options]
+    return [*single, *classes]
+
+
+def build(job: Any) -> dict[str, Any]:
     """Write the GGUF file; returns wall_s and peak_rss_bytes."""
     target = job.out / f"{job.model_name}-{job.variant}.gguf"
     if job.variant in CONVERTED:
         return convert(job.merged, target, job.variant, job.model_name, job.log)
-    source, spent = _unquantized(job)
+    source, spent = unquantized(job)
     steps = [spent] if spent else []
-    imatrix = None
+    imatrix = moments = None
     if job.calibration:
-        imatrix, spent = _imatrix(job, source)
+        imatrix, moments, spent = seen_by_layers(job, source, with_moments=rounding_of(job) == "feedback")
         steps += [spent] if spent else []
     steps.append(
         child.call(
@@ -64,32 +126,47 @@ def build(job: Any) -> dict[str, float]:
             variant=job.variant,
             threads=job.threads,
             imatrix=str(imatrix) if imatrix else None,
+            types=tensor_types(job.options),
         )
     )
+    if moments:
+        steps.append(
+            child.call(
+                "edgeft.compress.rounding:recode",
+                log=job.log,
+                title="rounding with error feedback",
+                target=str(target),
+                source=str(source),
+                moments=str(moments),
+                threads=job.threads,
+            )
+        )
     return {
         "wall_s": sum(step["wall_s"] for step in steps),
         "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
     }
 
 
-def _imatrix(job: Any, source: Path) -> tuple[Path, dict[str, Any]]:
-    """The importance matrix of this merged model on these rows; the one that stands there where it is that."""
-    from edgeft.compress.imatrix import made_of
+def seen_by_layers(job: Any, source: Path, with_moments: bool) -> tuple[Path, Path | None, dict[str, Any]]:
+    """(importance matrix, folder of second moments, cost) of this merged model on these rows; kept where they stand already."""
+    from edgeft.compress import imatrix, moments
     from edgeft.files import sha256_file
     from edgeft.types import Artifact
 
     wanted = f"{Artifact.load(job.merged / 'artifact.json').sha256} {sha256_file(job.calibration)}"
-    target = job.merged.parent / "imatrix.gguf"
-    if target.exists() and made_of(target) == wanted:
-        return target, {}
+    matrix, folder = job.merged.parent / "imatrix.gguf", job.work / "moments"
+    standing = matrix.exists() and imatrix.made_of(matrix) == wanted
+    if standing and (not with_moments or moments.made_of(folder) == wanted):
+        return matrix, folder if with_moments else None, {}
     spent = child.call(
-        "edgeft.compress.imatrix:collect",
+        "edgeft.compress.moments:collect",
         log=job.log,
-        title="the importance matrix",
+        title="what the layers see",
         merged=str(job.merged),
         rows_file=str(job.calibration),
         gguf=str(source),
-        out=str(target),
+        imatrix=None if standing else str(matrix),
+        moments=str(folder) if with_moments else None,
         key=wanted,
         threads=job.threads,
     )
@@ -97,10 +174,10 @@ def _imatrix(job: Any, source: Path) -> tuple[Path, dict[str, Any]]:
         console.note(
             f"  no importance for {len(spent['unnamed'])} layers that GGUF has no name for ({spent['unnamed'][0]}, …)"
         )
-    return target, spent
+    return matrix, folder if with_moments else None, spent
 
 
-def _unquantized(job: Any) -> tuple[Path, dict[str, float]]:
+def unquantized(job: Any) -> tuple[Path, dict[str, float]]:
     """The GGUF that quantizing starts from, in the merged model's own precision.
 
     The artefact of that precision where it stands already; else made in `work` and kept for the next job.
@@ -141,10 +218,19 @@ def _standing(folder: Path, merged_sha256: str, model_name: str) -> Path | None:
 
 
 def quantize(
-    source: str, target: str, variant: str, threads: int, imatrix: str | None = None
+    source: str,
+    target: str,
+    variant: str,
+    threads: int,
+    imatrix: str | None = None,
+    types: list[list[str]] | None = None,
 ) -> dict[str, Any]:
-    """Quantize a GGUF file, columns weighed by an importance matrix where there is one. Runs in a child process."""
+    """Quantize a GGUF file, columns weighed by an importance matrix where there is one. Runs in a child process.
+
+    `types`: [regular expression over tensor names, type] in the order of being tried; the variant decides the rest.
+    """
     import llama_cpp
+    from gguf import GGMLQuantizationType
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, ftype_name(variant))
@@ -161,6 +247,11 @@ def quantize(
             entry.name, entry.size = name.encode(), len(values)
             entry.data = ctypes.cast(numbers, ctypes.POINTER(ctypes.c_float))
         parameters.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    if types:
+        overrides = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()
+        for override, (pattern, kind) in zip(overrides, types, strict=False):
+            override.pattern, override.type = pattern.encode(), GGMLQuantizationType[kind.upper()].value
+        parameters.tt_overrides = overrides
     code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
     if code != 0:
         raise EnvironmentFault(
