@@ -175,10 +175,11 @@ def _run(model: Any, parts: list[Batch], modules: dict[str, Any], take: list[Any
     """Forward every batch; each of `take` is called with a layer's name and its inputs that count, [tokens, columns]."""
     import torch
 
-    counted = parts[0][1]
+    now: dict[str, Any] = {}
 
     def watch(name: str) -> Any:
         def hook(_module: Any, inputs: tuple[Any, ...]) -> None:
+            counted = now["counted"]
             x = inputs[0][counted] if inputs[0].shape[:2] == counted.shape else inputs[0].flatten(0, -2)
             for function in take:
                 function(name, x)
@@ -191,7 +192,7 @@ def _run(model: Any, parts: list[Batch], modules: dict[str, Any], take: list[Any
     handles = [m.register_forward_pre_hook(watch(n)) for n, m in modules.items()]
     handles.append(model.get_output_embeddings().register_forward_pre_hook(enough))
     try:
-        for index, (ids, counted) in enumerate(parts, 1):
+        for index, (ids, now["counted"]) in enumerate(parts, 1):
             with torch.inference_mode():
                 try:
                     model(input_ids=ids)
@@ -209,7 +210,7 @@ def shared_inputs(model: Any, modules: dict[str, Any], ids: list[int]) -> dict[s
 
     seen: dict[str, Any] = {}
     handles = [
-        m.register_forward_pre_hook(lambda _m, inputs, name=n: seen.__setitem__(name, inputs[0]))  # type: ignore[misc]
+        m.register_forward_pre_hook(lambda _m, inputs, name=n: seen.__setitem__(name, inputs[0]))
         for n, m in modules.items()
     ]
     with torch.inference_mode():
