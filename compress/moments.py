@@ -88,7 +88,7 @@ def batches(rows: list[list[int]]) -> Iterator[Batch]:
     """Rows of similar length together, padded on the right; what all rows begin with counts once."""
     import torch
 
-    shared = _common_start(rows) if len(rows) > 1 else 0
+    shared = common_start(rows) if len(rows) > 1 else 0
     ordered = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     first = ordered[0] if ordered else 0
     while ordered:
@@ -107,7 +107,7 @@ def batches(rows: list[list[int]]) -> Iterator[Batch]:
         yield ids, counts
 
 
-def _common_start(rows: list[list[int]]) -> int:
+def common_start(rows: list[list[int]]) -> int:
     """How many token ids all rows begin with."""
     shortest, longest = min(rows), max(rows)  # in the order of lists: they differ earliest
     return next(
