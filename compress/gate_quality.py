@@ -7,6 +7,7 @@ would pass what the report then calls bad.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from edgeft import child
 from edgeft.bench import fidelity, stats
-from edgeft.bench.score import score
+from edgeft.bench.score import hopeless, score
 from edgeft.compress.gate_limits import FAIL, INCONCLUSIVE, NOT_RUN, judge
 from edgeft.compress.gate_reading import Line, Running
 from edgeft.compress.gate_reference import OWN
@@ -89,8 +90,11 @@ def max_tokens(rows: list[Row]) -> int:
 
 
 def scores(running: Running, rows: list[Row], room: int) -> list[float | None]:
-    """The score of each row's greedy answer of at most `room` tokens; None where its task is not scored."""
-    return [score(row, running.answer(prompt_of(row), room).text) for row in rows]
+    """The score of each row's greedy answer of at most `room` tokens; None where its task is not scored.
+
+    An answer is left as soon as it can't be right any more: a base that talks on would take most of the time.
+    """
+    return [score(row, running.answer(prompt_of(row), room, partial(hopeless, row)).text) for row in rows]
 
 
 def scored(rows: list[Row]) -> list[Row]:

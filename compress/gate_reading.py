@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from edgeft.engines.client import Reply, chat
 from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault
 
-SMOKE_TOKENS = 16
+SMOKE_TOKENS = 8
 PLAIN = "user"
 Line = dict[str, Any]
 
@@ -26,13 +27,18 @@ class Running:
     model: LocalModel
     client: httpx.Client
 
-    def answer(self, messages: list[dict[str, Any]], max_tokens: int) -> Reply:
-        """A greedy answer through the chat interface."""
+    def answer(
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int,
+        leave: Callable[[str], bool] = lambda text: False,
+    ) -> Reply:
+        """A greedy answer through the chat interface, left where `leave` says so of its text."""
         body = {
             "model": self.model.options["name"], "messages": messages, "max_tokens": max_tokens, "temperature": 0,
             "cache_prompt": False,
         }  # fmt: skip
-        return chat(self.client, self.model.url, body, self.model.key)
+        return chat(self.client, self.model.url, body, self.model.key, leave)
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """One of llama.cpp's own paths; None where the engine does not have it, or refuses what it was given."""
