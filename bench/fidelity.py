@@ -27,41 +27,56 @@ def prepare(
     `out/reference.npy` is float32 [positions, vocabulary]; the plan returned says which positions of
     which token ids they are.
     """
-    from edgeft.engines.transformers import logits
     from edgeft.rows import load_rows, spread
     from edgeft.tokenizer import load_tokenizer
-    from edgeft.tune.lora import common_prefix, encode
 
     tokenizer = load_tokenizer(Path(reference))
     chosen = load_rows(Path(rows_file))
     for limit in limits:
         chosen = spread(chosen, limit)
-    encoded = [e for row in chosen if (e := encode(tokenizer, row, 1 << 20))]
+    return write_reference(reference, encode_rows(tokenizer, chosen, 1 << 20), out, threads)
+
+
+def encode_rows(tokenizer: Any, rows: list[dict[str, Any]], max_tokens: int) -> list[dict[str, Any]]:
+    """Rows as token ids: `ids`, `skip` (positions that all share, left out), `answer_start`; longer ones are dropped."""
+    from edgeft.tune.lora import common_prefix, encode
+
+    encoded = [e for row in rows if (e := encode(tokenizer, row, max_tokens))]
     shared = max(1, common_prefix(encoded)) if len(encoded) > 1 else 1
+    return [{"ids": ids, "skip": shared, "answer_start": start} for ids, start in encoded]
+
+
+def write_reference(reference: str, rows: list[dict[str, Any]], out: str, threads: int) -> dict[str, Any]:
+    """Write the reference's log-probabilities for encoded rows to `out/reference.npy`.
+
+    Returns the plan: the rows that had room in MAX_REFERENCE_BYTES, each with its `offset`.
+    """
+    from edgeft.engines.transformers import logits
+
     vocabulary = None
-    rows: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     target = None
     written = 0
-    for (ids, start), found in zip(
-        encoded, logits(Path(reference), [ids for ids, _ in encoded], {"threads": threads}), strict=True
+    for row, found in zip(
+        rows, logits(Path(reference), [row["ids"] for row in rows], {"threads": threads}), strict=True
     ):
         if target is None:
             vocabulary = found.shape[1]
             room = MAX_REFERENCE_BYTES // (4 * vocabulary)
-            total = min(room, sum(len(i) - shared for i, _ in encoded))
+            total = min(room, sum(len(r["ids"]) - r["skip"] for r in rows))
             target = np.lib.format.open_memmap(
                 Path(out, "reference.npy"), mode="w+", dtype=np.float32, shape=(total, vocabulary)
             )
-        count = len(ids) - shared
+        count = len(row["ids"]) - row["skip"]
         if written + count > len(target):
             break
-        target[written : written + count] = log_softmax(found[shared - 1 : -1])
-        rows.append({"ids": ids, "offset": written, "answer_start": start})
+        target[written : written + count] = log_softmax(found[row["skip"] - 1 : -1])
+        kept.append({**row, "offset": written})
         written += count
-        print(f"progress: reference {len(rows)}/{len(encoded)} rows")
+        print(f"progress: reference {len(kept)}/{len(rows)} rows")
     assert target is not None
     target.flush()
-    return {"rows": rows, "shared": shared, "vocabulary": vocabulary, "rows_asked": len(encoded)}
+    return {"rows": kept, "vocabulary": vocabulary, "rows_asked": len(rows)}
 
 
 def compare(engine: str, folder: str, plan: dict[str, Any], reference: str, threads: int) -> dict[str, Any]:
@@ -74,7 +89,6 @@ def compare(engine: str, folder: str, plan: dict[str, Any], reference: str, thre
 
     module = module_of(engine)
     target = np.load(reference, mmap_mode="r")
-    shared = plan["shared"]
     result: dict[str, Any] = {
         k: [] for k in ("kld", "same_top1", "right_delta", "nll", "nll_reference", "answer")
     }
@@ -82,11 +96,12 @@ def compare(engine: str, folder: str, plan: dict[str, Any], reference: str, thre
         Path(folder), [row["ids"] for row in plan["rows"]], {"threads": threads, "context": 1 << 12}
     )
     for row, values in zip(plan["rows"], found, strict=True):
-        count = len(row["ids"]) - shared
+        skip = row["skip"]
+        count = len(row["ids"]) - skip
         expected = np.asarray(target[row["offset"] : row["offset"] + count])
-        for key, numbers in distances(expected, values[shared - 1 : -1], row["ids"][shared:]).items():
+        for key, numbers in distances(expected, values[skip - 1 : -1], row["ids"][skip:]).items():
             result[key].append(numbers)
-        result["answer"].append([int(i >= row["answer_start"]) for i in range(shared, len(row["ids"]))])
+        result["answer"].append([int(i >= row["answer_start"]) for i in range(skip, len(row["ids"]))])
     return {**result, "build": module.logits_build()}
 
 

@@ -179,7 +179,7 @@ class Yardstick:
             title=f"the logits of {target.id}",
             engine=target.engine,
             folder=str(target.path),
-            plan={k: self.plan[k] for k in ("rows", "shared", "vocabulary")},
+            plan={k: self.plan[k] for k in ("rows", "vocabulary")},
             reference=str(self.scratch / "reference.npy"),
             threads=self.threads,
         )

@@ -29,6 +29,17 @@ def score(row: Row, output: str) -> float | None:
     return None
 
 
+def hopeless(row: Row, begun: str) -> bool:
+    """Can no output that begins so be right any more? (The score of whatever follows is then 0.)"""
+    answer = answer_of(row)
+    if row["task"] == "exact":
+        return not fold(answer).startswith(fold(begun))
+    if row["task"] == "choice":
+        wanted, found = loose(answer), fold(begun).casefold()
+        return not wanted.startswith(found) and not found.startswith(wanted)
+    return False
+
+
 def fold(text: str) -> str:
     """Text with runs of white space made one space."""
     return " ".join(text.split())

@@ -55,3 +55,26 @@ def mcnemar(only_a: int, only_b: int) -> float:
     n, k = only_a + only_b, min(only_a, only_b)
     tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def retention(
+    quantized: Any, merged: Any, base: Any, seed: int = 0
+) -> tuple[float | None, list[float] | None]:
+    """Adapter-gain retention (quantized - base)/(merged - base) of mean scores over the same rows, and its 95 % interval.
+
+    The interval is a bootstrap of the ratio over rows. (None, None) where merged is not better than base; no interval
+    where more than 2.5 % of the resamples show no gain, since the ratio then has no bound.
+    """
+    q, m, b = (np.asarray(scores, dtype=float) for scores in (quantized, merged, base))
+    if not len(q) == len(m) == len(b):
+        raise ValueError(f"{len(q)}, {len(m)} and {len(b)} scores are not of the same rows")
+    if len(m) == 0 or m.mean() <= b.mean():
+        return None, None
+    value = float((q.mean() - b.mean()) / (m.mean() - b.mean()))
+    picks = np.random.default_rng(seed).integers(0, len(m), (RESAMPLES, len(m)))
+    gain = (m - b)[picks].mean(1)
+    shown = gain > 0
+    if (~shown).mean() > 0.025:
+        return value, None
+    found = (q - b)[picks].mean(1)[shown] / gain[shown]
+    return value, [float(np.percentile(found, 2.5)), float(np.percentile(found, 97.5))]

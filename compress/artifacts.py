@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import formats, proof
+from edgeft.compress import formats, gate, gate_limits, gate_rows, grid, proof
 from edgeft.compress.adapter import header_of
 from edgeft.compress.formats import Job
 from edgeft.compress.merge import Source, plan
@@ -56,6 +56,12 @@ class Recipe:
     name: str | None = None  # the model's name in files and metadata
     threads: int = os.cpu_count() or 1
     allow_seen_rows: bool = False
+    eval: Path | None = (
+        None  # rows of kind select for the gate; else a part of the calibration rows is kept aside
+    )
+    eval_limit: int = gate.TASK_ROWS  # rows that the gate asks, spread over the file
+    gate: Path | Mapping[Any, Any] | None = None  # limits that differ from gate.yaml
+    no_gate: bool = False
 
 
 def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> list[Artifact]:
@@ -63,7 +69,8 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
 
     `adapter` is one folder, or several with their shares: W + sum of share * (what each makes of W - W).
     Raises UsageError for wrong inputs before anything is written, EnvironmentFault where a package,
-    a tool or disk space is missing.
+    a tool or disk space is missing. An artefact that fails the gate goes to `.rejected/` and the others are made all
+    the same; GateError then names what was rejected at the end, with the others under `details["made"]`.
     """
     specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
     adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
@@ -85,13 +92,28 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
     for spec in specs:
         if calibration is None and (why := formats.module_of(spec.format).NEEDS_ROWS.get(spec.variant)):
             raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
+    chosen = gate_rows.GateRows([], None, "the gate was skipped")
+    limits = gate_limits.load(recipe.gate)
+    if specs and not recipe.no_gate:
+        gate.need_engines(
+            [formats.module_of(spec.format).ENGINE for spec in specs if formats.gated(spec.format)]
+        )
+        chosen = gate_rows.choose(recipe.eval, calibration, seen, recipe.allow_seen_rows)
+        if not chosen.rows:
+            console.note(f"  task score and adapter-gain retention are not measured: {chosen.why_none}")
+    if (coarse := grid.grid_of(base)) and (said := grid.warning(coarse, specs)):
+        console.note(f"  {said}")
     need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
 
     work = recipe.out / ".work"
     work.mkdir(parents=True, exist_ok=True)
     name = recipe.name or default_name(base, adapters)
     merged = _merged(base, adapters, recipe, name, seen, work)
-    made = [merged]
+    calibration = gate_rows.calibration_file(chosen, calibration, work / "gate")
+    held = (
+        None if recipe.no_gate else _gate(base if adapters else None, recipe, chosen, limits, coarse, merged)
+    )
+    made, rejected = [merged], []
     for spec in specs:
         job = Job(
             spec=spec,
@@ -103,11 +125,47 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
             calibration=calibration,
             threads=recipe.threads,
         )
-        made.append(_artifact(job, merged))
+        try:
+            made.append(_artifact(job, merged, held))
+        except GateError as error:
+            console.note(f"  {error.message}")
+            rejected.append(error)
     for leftover in work.glob("source-*"):
         leftover.unlink()
     shutil.rmtree(work / "moments", ignore_errors=True)
+    if rejected:
+        raise _rejected(rejected, made, recipe.out)
     return made
+
+
+def _gate(
+    base: Path | None, recipe: Recipe, chosen: gate_rows.GateRows, limits: gate_limits.Limits, coarse: Any, merged: Artifact
+) -> gate.Gate:  # fmt: skip
+    """What this run's artefacts are held to."""
+    return gate.Gate(
+        merged=recipe.out / "merged",
+        merged_sha256=merged.sha256,
+        base=base,
+        base_sha256=gate.model_sha256(base) if base else "",
+        rows=chosen,
+        limits=limits,
+        grid=coarse,
+        work=recipe.out / ".work" / "gate",
+        threads=recipe.threads,
+        task_rows=recipe.eval_limit,
+    )
+
+
+def _rejected(errors: list[GateError], made: list[Artifact], out: Path) -> GateError:
+    """One error for all that was rejected in a run."""
+    details = {"made": [artifact.id for artifact in made]}
+    if len(errors) == 1:
+        return GateError(errors[0].message, errors[0].hint, details)
+    return GateError(
+        f"{len(errors)} of {len(errors) + len(made) - 1} artefacts were rejected: {' '.join(e.message for e in errors)}",
+        f"less {out / REJECTED}/*/reasons.json; wider formats keep more, --gate FILE sets other limits",
+        details,
+    )
 
 
 def default_name(base: Path, adapters: Sequence[Source]) -> str:
@@ -223,13 +281,16 @@ def weight_parameters(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for entry in header_of(file).values())
 
 
-def _artifact(job: Job, merged: Artifact) -> Artifact:
+def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
     """One format's folder."""
     module = formats.module_of(job.spec.format)
     seen = dict(merged.seen_rows)
     settings = module.settings(job)
     if "calibration_sha256" in settings and job.calibration:
         seen["calibrate"] = [row_hash(row) for row in load_rows(job.calibration)]
+    gated = held if formats.gated(job.spec.format) else None
+    if gated:
+        seen = gate.seen_with(seen, gated.rows)
     blank = Artifact(
         id=job.spec.id, format=job.spec.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
         made_from={**merged.made_from, "merged_sha256": merged.sha256}, recipe=settings, recipe_sha256="",
@@ -244,7 +305,19 @@ def _artifact(job: Job, merged: Artifact) -> Artifact:
     def inspect(out: Path, _: dict[str, Any]) -> dict[str, Any]:
         return module.inspect(replace(job, out=out))
 
-    artifact = _make(blank, job.out, build, inspect, f"making {job.spec}")
+    def check(out: Path) -> dict[str, Any]:
+        if gated is None:
+            return {gate.NAME: {"status": "skipped"}}
+        return {gate.NAME: gate.check(gated, out, job.spec.id, module.ENGINE, job.variant)}
+
+    artifact = _make(blank, job.out, build, inspect, f"making {job.spec}", check)
+    if gated and artifact.checks.get(gate.NAME, {}).get("key") != gated.key(job.variant):
+        try:  # it stood there already, checked against something else or not at all
+            artifact = gate.again(gated, job.out, artifact)
+        except GateError as error:
+            reject(job.out, job.out, error)
+            job.out.rmdir()
+            raise
     if (artifact.fallback_share or 0.0) > 0.05:
         console.note(
             f"  {artifact.id}: {artifact.fallback_share:.0%} of the parameters stand in rows that are no multiple of 256 "
@@ -273,9 +346,10 @@ def _make(
         if standing and standing.recipe_sha256 == key:
             console.note(f"  {blank.id}: kept, made from the same inputs before")
             return standing
-    with console.step(title), staged_folder(target) as staging:
+    with console.step(title) as say, staged_folder(target) as staging:
         spent = build(staging)
         facts = inspect(staging, spent)
+        say("checking it")
         try:
             checks = check(staging)
         except GateError as error:
@@ -303,7 +377,8 @@ def _make(
 def reject(staging: Path, target: Path, error: GateError) -> None:
     """Keep what failed its check where nobody takes it for an artefact, with the reason beside it."""
     place = target.parent / REJECTED / target.name
-    write_json(staging / "reasons.json", {"seen": error.message, "next": error.hint})
+    (staging / MANIFEST).unlink(missing_ok=True)
+    write_json(staging / "reasons.json", {"seen": error.message, "next": error.hint, **error.details})
     replace_folder(staging, place)
     staging.mkdir()  # the caller removes it
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class EdgeftError(Exception):
@@ -30,9 +31,13 @@ class EdgeftError(Exception):
 
 
 class GateError(EdgeftError):
-    """The work was done and its result failed a check."""
+    """The work was done and its result failed a check; `details` are kept with what was rejected."""
 
     exit_code = 1
+
+    def __init__(self, message: str, hint: str = "", details: dict[str, Any] | None = None) -> None:
+        super().__init__(message, hint)
+        self.details = details or {}
 
 
 class UsageError(EdgeftError):

@@ -10,6 +10,8 @@ A format module has
     settings(job)   -> dict that decides the result besides the merged model (goes into the recipe's hash)
     build(job)      -> cost; writes its files into job.out
     inspect(job)    -> {"tensor_types", "tensor_bytes", "fallback_share"} of what lies in job.out
+and may have
+    GATED           False for what can't be run alone, so that the gate leaves it out
 
 What is asked for is written `format:variant[,option=value…]`, as `gguf:q4_k_m,ffn_down=q6_k`.
 """
@@ -76,6 +78,11 @@ class Job:
 def module_of(name: str) -> ModuleType:
     """The module of a format."""
     return importlib.import_module(FORMATS[name])
+
+
+def gated(name: str) -> bool:
+    """Does what a format makes go through the gate?"""
+    return bool(getattr(module_of(name), "GATED", True))
 
 
 def parse(text: str) -> Spec:

@@ -37,6 +37,23 @@ from edgeft.cli import options
 @click.option("--name", help="The model's name in file names and metadata.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to quantize with (all cores if left out).")
 @click.option("--allow-seen-rows", is_flag=True, help="Take calibration rows that an earlier step has seen.")
+@click.option(
+    "--eval",
+    "evaluation",
+    type=click.Path(path_type=Path),
+    help="Rows to gate on (a part of the calibration rows is kept aside if left out).",
+)
+@click.option(
+    "--eval-limit",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Rows that the gate asks, spread over the file.",
+)
+@click.option(
+    "--gate", "limits", type=click.Path(path_type=Path), help="Limits (YAML) that differ from the defaults."
+)
+@click.option("--no-gate", is_flag=True, help="Check no artefact.")
 @options
 def command(
     base: str,
@@ -47,15 +64,22 @@ def command(
     name: str | None,
     threads: int | None,
     allow_seen_rows: bool,
+    evaluation: Path | None,
+    eval_limit: int,
+    limits: Path | None,
+    no_gate: bool,
 ) -> None:
     """Merge an adapter into its base and quantize.
 
     BASE is what `edgeft pull` takes. Always writes OUT/merged, then a folder a format, each with its
-    artifact.json; what was made from the same inputs before is kept.
+    artifact.json; what was made from the same inputs before is kept. What fails the gate goes to
+    OUT/.rejected, and the command ends with 1 after the other formats (docs/gate.md).
     """
     import os
 
-    from edgeft.compress import Recipe, compress
+    from edgeft.compress import Recipe, compress, load_artifact
+    from edgeft.compress.gate import summary
+    from edgeft.errors import GateError
     from edgeft.pull import pull
 
     recipe = Recipe(
@@ -65,11 +89,21 @@ def command(
         name=name,
         threads=threads or os.cpu_count() or 1,
         allow_seen_rows=allow_seen_rows,
+        eval=evaluation,
+        eval_limit=eval_limit,
+        gate=limits,
+        no_gate=no_gate,
     )
-    artifacts = compress(pull(base), [share_of(word) for word in adapters], recipe)
+    rejected = None
+    try:
+        artifacts = compress(pull(base), [share_of(word) for word in adapters], recipe)
+    except GateError as error:
+        if "made" not in error.details:
+            raise
+        artifacts, rejected = [load_artifact(out / name) for name in error.details["made"]], error
     console.result([a.to_dict() for a in artifacts])
     console.table(
-        ["artefact", "MB", "bits/weight", "types", "made in s", "peak MB"],
+        ["artefact", "MB", "bits/weight", "types", "made in s", "peak MB", "gate"],
         [
             [
                 a.id,
@@ -78,10 +112,13 @@ def command(
                 ", ".join(f"{k} x{v['tensors']}" for k, v in sorted(a.tensor_types.items())),
                 f"{a.cost['wall_s']:.1f}",
                 f"{a.cost['peak_rss_bytes'] / 1e6:.0f}",
+                summary(a.checks["gate"]) if "gate" in a.checks else "",
             ]
             for a in artifacts
         ],
     )
+    if rejected:
+        raise rejected
 
 
 def share_of(word: str) -> tuple[Path, float]:

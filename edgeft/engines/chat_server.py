@@ -1,7 +1,7 @@
 """OpenAI's chat API over a Python generator, for engines that bring no server: one request at a time.
 
 Standard library alone, since it runs on edge boxes. A client that leaves ends the generator at the
-next token.
+next token. `/tokenize` and `/apply-template` answer as llama.cpp's server does.
 """
 
 from __future__ import annotations
@@ -43,9 +43,17 @@ class Token:
 Chat = Callable[[list[dict[str, Any]], Sampling], tuple[int, Iterator[Token]]]
 
 
-def listen(chat: Chat, key: str, model_name: str) -> int:
+@dataclass(frozen=True)
+class Reader:
+    """How the engine reads what it is given."""
+
+    tokenize: Callable[[str], list[int]]  # a text's ids, nothing added before or after
+    render: Callable[[list[dict[str, Any]]], str]  # messages -> the prompt, the answer's turn opened
+
+
+def listen(chat: Chat, key: str, model_name: str, reader: Reader | None = None) -> int:
     """Serve `chat` on a free loopback port in a thread; returns the port."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(chat, key, model_name))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(chat, key, model_name, reader))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return int(server.server_address[1])
@@ -64,7 +72,7 @@ def sampling_of(body: dict[str, Any]) -> Sampling:
     )
 
 
-def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandler]:
+def handler(chat: Chat, key: str, model_name: str, reader: Reader | None) -> type[BaseHTTPRequestHandler]:
     """The request handler for one model."""
     turn = threading.Lock()
 
@@ -88,13 +96,21 @@ def handler(chat: Chat, key: str, model_name: str) -> type[BaseHTTPRequestHandle
             length = int(self.headers.get("Content-Length") or 0)
             if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {key}"):
                 self.fail(401, "wrong key")
-            elif self.path != "/v1/chat/completions":
+            elif self.path != "/v1/chat/completions" and not (
+                reader and self.path in ("/tokenize", "/apply-template")
+            ):
                 self.fail(404, f"no such path: {self.path}")
             elif length > MAX_BODY_BYTES:
                 self.fail(413, f"body of {length} bytes; {MAX_BODY_BYTES} are allowed")
             else:
                 try:
                     body = json.loads(self.rfile.read(length))
+                    if reader and self.path == "/tokenize":
+                        self.reply(200, {"tokens": reader.tokenize(body["content"])})
+                        return
+                    if reader and self.path == "/apply-template":
+                        self.reply(200, {"prompt": reader.render(body["messages"])})
+                        return
                     messages, sampling = body["messages"], sampling_of(body)
                 except (ValueError, KeyError, TypeError) as error:
                     self.fail(400, f"bad request: {error}")

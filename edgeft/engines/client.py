@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,17 @@ class Reply:
         return (self.output_tokens - 1) / (self.e2e_s - self.ttft_s)
 
 
-def chat(client: httpx.Client, url: str, body: dict[str, Any], key: str | None = None) -> Reply:
-    """Send one streamed chat completion. Raises EnvironmentFault where the server refuses or breaks off."""
+def chat(
+    client: httpx.Client,
+    url: str,
+    body: dict[str, Any],
+    key: str | None = None,
+    leave: Callable[[str], bool] = lambda text: False,
+) -> Reply:
+    """Send one streamed chat completion; `leave` may say of the text so far that the rest is not wanted.
+
+    Raises EnvironmentFault where the server refuses or breaks off.
+    """
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     started = time.perf_counter()
@@ -54,7 +63,7 @@ def chat(client: httpx.Client, url: str, body: dict[str, Any], key: str | None =
                 raise EnvironmentFault(
                     f"{url} answered {response.status_code}: {detail}", f"curl {url}/health"
                 )
-            return gather(events(response), started)
+            return gather(until(events(response), leave), started)
     except httpx.HTTPError as error:
         raise EnvironmentFault(
             f"{url} broke off: {type(error).__name__} {error}", f"curl {url}/health"
@@ -69,6 +78,18 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             if data == "[DONE]":
                 return
             yield json.loads(data)
+
+
+def until(chunks: Iterator[dict[str, Any]], leave: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    """The chunks up to the one after which `leave` is true of the text."""
+    text = ""
+    for chunk in chunks:
+        yield chunk
+        pieces = [(choice.get("delta") or {}).get("content") or "" for choice in chunk.get("choices") or []]
+        if any(pieces):
+            text += "".join(pieces)
+            if leave(text):
+                return
 
 
 def gather(chunks: Iterator[dict[str, Any]], started: float) -> Reply:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeft.engines.chat_server import Sampling, Token, listen
+from edgeft.engines.chat_server import Reader, Sampling, Token, listen
 
 REQUIRES = {"onnxruntime_genai": "onnx"}
 
@@ -21,15 +21,24 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     model = load(folder, options)
     tokenizer = og.Tokenizer(model)
 
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
-        prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
-        ids = [int(i) for i in tokenizer.encode(prompt)]
+        ids = [int(i) for i in tokenizer.encode(render(messages))]
         if len(ids) + 1 > options["context"]:
             raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
         return len(ids), generate(model, tokenizer, ids, sampling, options["context"])
 
-    port = listen(chat, options["key"], options["name"])
+    reader = Reader(lambda text: tokenize(tokenizer, text), render)
+    port = listen(chat, options["key"], options["name"], reader)
     return {"port": port, "build": f"onnxruntime-genai {version('onnxruntime-genai')}", "load_mode": "read"}
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """A text's ids without what the tokenizer puts before every text."""
+    added, ids = ([int(i) for i in tokenizer.encode(t)] for t in ("", text))
+    return ids[len(added) :] if ids[: len(added)] == added else ids
 
 
 def load(folder: Path, options: dict[str, Any]) -> Any:

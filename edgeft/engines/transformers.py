@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeft.engines.chat_server import Sampling, Token, listen
+from edgeft.engines.chat_server import Reader, Sampling, Token, listen
 
 REQUIRES = {"torch": "compress", "transformers": "compress"}
 
@@ -23,7 +23,11 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
         return len(ids), generate(model, tokenizer, ids, sampling)
 
-    port = listen(chat, options["key"], options["name"])
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    reader = Reader(lambda text: tokenizer.encode(text, add_special_tokens=False), render)
+    port = listen(chat, options["key"], options["name"], reader)
     return {"port": port, "build": f"transformers {transformers.__version__}", "load_mode": "read"}
 
 
