@@ -82,8 +82,11 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
                 calibration,
             )
     for spec in specs:
-        if calibration is None and (why := formats.module_of(spec.format).NEEDS_ROWS.get(spec.variant)):
+        module = formats.module_of(spec.format)
+        if calibration is None and (why := module.NEEDS_ROWS.get(spec.variant)):
             raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
+        if hasattr(module, "refuse"):
+            module.refuse(spec, base, planned)
     need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
 
     work = recipe.out / ".work"
@@ -91,6 +94,7 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
     name = recipe.name or default_name(base, adapters)
     merged = _merged(base, adapters, recipe, name, seen, work)
     made = [merged]
+    done: list[formats.Spec] = []
     for spec in specs:
         job = Job(
             spec=spec,
@@ -101,8 +105,14 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
             model_name=name,
             calibration=calibration,
             threads=recipe.threads,
+            base=base,
+            adapters=tuple(adapters),
         )
-        made.append(_artifact(job, merged))
+        module = formats.module_of(spec.format)
+        for each in [*(module.needs(job) if hasattr(module, "needs") else []), job]:
+            if each.spec not in done:
+                made.append(_artifact(each, merged))
+                done.append(each.spec)
     for leftover in work.glob("source-*"):
         leftover.unlink()
     return made
@@ -224,13 +234,17 @@ def weight_parameters(file: Path) -> int:
 def _artifact(job: Job, merged: Artifact) -> Artifact:
     """One format's folder."""
     module = formats.module_of(job.spec.format)
-    seen = dict(merged.seen_rows)
+    of_base = getattr(module, "OF_BASE", False)
+    seen = {} if of_base else dict(merged.seen_rows)
+    made_from = {**merged.made_from, "merged_sha256": merged.sha256}
+    if of_base:
+        made_from = {"base": merged.made_from["base"]}
     settings = module.settings(job)
     if "calibration_sha256" in settings and job.calibration:
         seen["calibrate"] = [row_hash(row) for row in load_rows(job.calibration)]
     blank = Artifact(
         id=job.spec.id, format=job.spec.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
-        made_from={**merged.made_from, "merged_sha256": merged.sha256}, recipe=settings, recipe_sha256="",
+        made_from=made_from, recipe=settings, recipe_sha256="",
         versions=versions_of(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
         tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
     )  # fmt: skip
@@ -292,7 +306,7 @@ def _make(
             tensor_types=facts["tensor_types"],
             fallback_share=facts["fallback_share"],
             cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
-            checks=checks,
+            checks={**({"choices": spent["choices"]} if "choices" in spent else {}), **checks},
         )
         artifact.save(staging / MANIFEST)
     return artifact

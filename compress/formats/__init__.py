@@ -10,7 +10,12 @@ A format module has
     settings(job)   -> dict that decides the result besides the merged model (goes into the recipe's hash)
     build(job)      -> cost; writes its files into job.out
     inspect(job)    -> {"tensor_types", "tensor_bytes", "fallback_share"} of what lies in job.out
+and may have
+    refuse(spec, base, plan)  raises what is wrong with these options for this base and these adapters, before anything is written
+    needs(job)                -> jobs of the artefacts that must stand beside this one
+    OF_BASE = True            made of the base alone, whatever the adapters
 
+What `build` chose by measuring goes back as "choices" beside the cost and stands in `artifact.json` under `checks.choices`.
 What is asked for is written `format:variant[,option=value…]`, as `gguf:q4_k_m,ffn_down=q6_k`.
 """
 
@@ -27,6 +32,8 @@ from edgeft.errors import UsageError, missing_extra, nearest, unknown
 
 FORMATS = {
     "gguf": "edgeft.compress.formats.gguf",
+    "gguf-base": "edgeft.compress.formats.gguf_base",
+    "gguf-lora": "edgeft.compress.formats.gguf_lora",
     "onnx": "edgeft.compress.formats.onnx",
     "gptq": "edgeft.compress.formats.gptq",
 }
@@ -61,6 +68,8 @@ class Job:
     model_name: str
     calibration: Path | None  # rows
     threads: int
+    base: Path | None = None  # the base's folder
+    adapters: tuple[tuple[Path, float], ...] = ()  # each with its share
 
     @property
     def variant(self) -> str:
