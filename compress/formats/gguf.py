@@ -12,6 +12,7 @@ from typing import Any
 
 from edgeft import child, console
 from edgeft.compress.converter import convert, installed_version
+from edgeft.compress.formats import gguf_split
 from edgeft.errors import EnvironmentFault
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -22,7 +23,7 @@ QUANTIZED = (
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
-OPTIONS: dict[str, Any] = {}
+OPTIONS: dict[str, Any] = {"split_max_size": gguf_split.OPTION}
 NEEDS_ROWS = dict.fromkeys(NEED_IMATRIX, "an importance matrix, which needs rows")
 ENGINE = "gguf"
 PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
@@ -35,7 +36,9 @@ def settings(job: Any) -> dict[str, Any]:
     """What decides the result besides the merged model."""
     from edgeft.files import sha256_file
 
-    found = {"converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name}
+    found: dict[str, Any] = {
+        "converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name, **job.options
+    }  # fmt: skip
     if job.variant in CONVERTED:
         return found
     if job.calibration is None:
@@ -44,7 +47,24 @@ def settings(job: Any) -> dict[str, Any]:
 
 
 def build(job: Any) -> dict[str, float]:
-    """Write the GGUF file; returns wall_s and peak_rss_bytes."""
+    """Write the GGUF file, or its parts; returns wall_s and peak_rss_bytes."""
+    spent = _build(job)
+    if size := job.options.get("split_max_size"):
+        cut = child.call(
+            "edgeft.compress.formats.gguf_split:split",
+            log=job.log,
+            title="splitting",
+            file=str(next(job.out.glob("*.gguf"))),
+            max_bytes=gguf_split.size_bytes(size),
+        )
+        spent = {
+            "wall_s": spent["wall_s"] + cut["wall_s"],
+            "peak_rss_bytes": max(spent["peak_rss_bytes"], cut["peak_rss_bytes"]),
+        }
+    return spent
+
+
+def _build(job: Any) -> dict[str, float]:
     target = job.out / f"{job.model_name}-{job.variant}.gguf"
     if job.variant in CONVERTED:
         return convert(job.merged, target, job.variant, job.model_name, job.log)
@@ -178,11 +198,11 @@ def inspect(job: Any) -> dict[str, Any]:
     """Tensors and parameters by type, read from the file; the share of parameters too narrow for the asked type."""
     from gguf import GGUFReader
 
-    file = next(job.out.glob("*.gguf"))
+    tensors = [tensor for file in sorted(job.out.glob("*.gguf")) for tensor in GGUFReader(file).tensors]
     wide = any(mark in job.variant for mark in BLOCK_OF_256)
     types: dict[str, dict[str, int]] = {}
     total_bytes = parameters = narrow = 0
-    for tensor in GGUFReader(file).tensors:
+    for tensor in tensors:
         count = int(tensor.n_elements)
         kind = types.setdefault(tensor.tensor_type.name.lower(), {"tensors": 0, "parameters": 0})
         kind["tensors"] += 1
