@@ -306,7 +306,7 @@ def _make(
             tensor_types=facts["tensor_types"],
             fallback_share=facts["fallback_share"],
             cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
-            checks={**({"choices": spent["choices"]} if "choices" in spent else {}), **checks},
+            checks={**spent.get("checks", {}), **checks},
         )
         artifact.save(staging / MANIFEST)
     return artifact

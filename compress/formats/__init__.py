@@ -15,7 +15,7 @@ and may have
     needs(job)                -> jobs of the artefacts that must stand beside this one
     OF_BASE = True            made of the base alone, whatever the adapters
 
-What `build` chose by measuring goes back as "choices" beside the cost and stands in `artifact.json` under `checks.choices`.
+What `build` found out or chose by measuring goes back as "checks" beside the cost and stands in `artifact.json` there.
 What is asked for is written `format:variant[,option=value…]`, as `gguf:q4_k_m,ffn_down=q6_k`.
 """
 

@@ -118,7 +118,7 @@ def extra_options(spec: Spec, tied: bool) -> list[str]:
 
 
 def build(job: Any) -> dict[str, Any]:
-    """Write the ONNX model with its genai_config and tokenizer; returns wall_s, peak_rss_bytes and choices."""
+    """Write the ONNX model with its genai_config and tokenizer; returns wall_s, peak_rss_bytes and checks."""
     where = device(job.spec)
     command = [
         sys.executable,
@@ -156,7 +156,7 @@ def build(job: Any) -> dict[str, Any]:
     return {
         "wall_s": sum(step["wall_s"] for step in steps),
         "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
-        **({"choices": choices} if choices else {}),
+        **({"checks": {"choices": choices}} if choices else {}),
     }
 
 
