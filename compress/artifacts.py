@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import formats, proof
+from edgeft.compress import formats, merge_base, proof
 from edgeft.compress.adapter import header_of
 from edgeft.compress.formats import Job
 from edgeft.compress.merge import Source, plan
@@ -55,6 +55,8 @@ class Recipe:
     name: str | None = None  # the model's name in files and metadata
     threads: int = os.cpu_count() or 1
     allow_seen_rows: bool = False
+    merge_base: str = "16bit"  # or dequantized, dequantized-double, auto: for a QLoRA adapter
+    eval: Path | None = None  # rows of kind select, which --merge-base auto chooses on
 
 
 def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> list[Artifact]:
@@ -81,6 +83,10 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
                 "calibrate",
                 calibration,
             )
+    merge_base.refuse(recipe.merge_base, base, adapters, recipe.eval, [spec.format for spec in specs])
+    if recipe.merge_base == "auto" and recipe.eval and not recipe.allow_seen_rows:
+        kinds = {k: v for k, v in seen.items() if k != "select"}
+        refuse_seen(load_rows(recipe.eval), kinds, "choose the merge base", recipe.eval)
     for spec in specs:
         module = formats.module_of(spec.format)
         if calibration is None and (why := module.NEEDS_ROWS.get(spec.variant)):
@@ -173,16 +179,23 @@ def _merged(
             for folder, share in adapters
         ]
     settings = {"merge": "float32, rounded once"}
+    if recipe.merge_base != "16bit":
+        settings["merge_base"] = recipe.merge_base
+    if recipe.merge_base == "auto" and recipe.eval:
+        settings["eval_sha256"] = sha256_file(recipe.eval)
+        seen = {**seen, "select": [*seen.get("select", []), *map(row_hash, load_rows(recipe.eval))]}
+    elif recipe.merge_base == "16bit":
+        for folder, _ in adapters:
+            if why := merge_base.trained_on_4bit(folder):
+                console.note(
+                    f"  {folder.name} was trained beside 4-bit weights ({why}); --merge-base auto measures which base suits it"
+                )
+    taken = {"merge_base": recipe.merge_base}
 
     def build(out: Path) -> dict[str, Any]:
-        return child.call(
-            "edgeft.compress.merge:merge",
-            log=work / "merge.log",
-            title="merging",
-            base=str(base),
-            adapters=[[str(folder), share] for folder, share in adapters],
-            out=str(out),
-        )
+        spent = merge_base.build(base, adapters, out, recipe.merge_base, recipe.eval, work, recipe.threads)
+        taken["merge_base"] = spent["merge_base"]
+        return spent
 
     def inspect(out: Path, spent: dict[str, Any]) -> dict[str, Any]:
         tensor_bytes = tree_bytes_of(out, "*.safetensors")
@@ -195,14 +208,14 @@ def _merged(
     )  # fmt: skip
 
     def check(out: Path) -> dict[str, Any]:
-        return _prove(base, adapters, out, recipe, work) if adapters else {}
+        return _prove(base, adapters, out, recipe, work, taken["merge_base"]) if adapters else {}
 
     title = "merging the adapter" if adapters else "copying the base"
     return _make(blank, recipe.out / "merged", build, inspect, title, check)
 
 
 def _prove(
-    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path
+    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path, merge_base: str
 ) -> dict[str, Any]:
     """That the merged model is base + live adapter; where this box can't say so, that the proof is owed."""
     parameters = sum(weight_parameters(file) for file in base.glob("*.safetensors"))
@@ -218,6 +231,7 @@ def _prove(
         merged=str(merged),
         rows_file=str(recipe.calibration) if recipe.calibration else None,
         threads=recipe.threads,
+        merge_base=merge_base,
     )
     cost = {key: found.pop(key) for key in child.COST}
     held = proof.judge(found, str(recipe.out / REJECTED / "merged"))

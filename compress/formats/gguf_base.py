@@ -11,6 +11,7 @@ from edgeft.compress.converter import convert, installed_version
 from edgeft.compress.formats import gguf
 
 OF_BASE = True
+GATED = False  # there is no adapter in it whose gain could be kept
 VARIANTS = (*gguf.CONVERTED, *gguf.QUANTIZED)
 OPTIONS: dict[str, Any] = {}
 NEEDS_ROWS: dict[str, str] = {}

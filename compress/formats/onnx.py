@@ -135,7 +135,7 @@ def build(job: Any) -> dict[str, Any]:
     steps = [
         child.run(command, log=job.log, title="onnxruntime-genai's builder", env={"HF_HUB_OFFLINE": "1"})
     ]
-    choices = {}
+    choices: dict[str, Any] = {}
     if job.variant in BLOCKWISE:
         if where == "cpu":
             steps.append(

@@ -37,6 +37,14 @@ from edgeft.cli import options
 @click.option("--name", help="The model's name in file names and metadata.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to quantize with (all cores if left out).")
 @click.option("--allow-seen-rows", is_flag=True, help="Take calibration rows that an earlier step has seen.")
+@click.option(
+    "--merge-base",
+    type=click.Choice(["16bit", "dequantized", "dequantized-double", "auto"]),
+    default="16bit",
+    show_default=True,
+    help="What a QLoRA adapter is merged into; auto measures on the rows of --eval.",
+)
+@click.option("--eval", "evaluation", type=click.Path(path_type=Path), help="Rows to choose on.")
 @options
 def command(
     base: str,
@@ -47,6 +55,8 @@ def command(
     name: str | None,
     threads: int | None,
     allow_seen_rows: bool,
+    merge_base: str,
+    evaluation: Path | None,
 ) -> None:
     """Merge an adapter into its base and quantize.
 
@@ -65,6 +75,8 @@ def command(
         name=name,
         threads=threads or os.cpu_count() or 1,
         allow_seen_rows=allow_seen_rows,
+        merge_base=merge_base,
+        eval=evaluation,
     )
     artifacts = compress(pull(base), [share_of(word) for word in adapters], recipe)
     console.result([a.to_dict() for a in artifacts])
