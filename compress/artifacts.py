@@ -89,7 +89,7 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
         refuse_seen(load_rows(recipe.eval), kinds, "choose the merge base", recipe.eval)
     for spec in specs:
         module = formats.module_of(spec.format)
-        if calibration is None and (why := module.NEEDS_ROWS.get(spec.variant)):
+        if calibration is None and (why := formats.needs_rows(spec)):
             raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
         if hasattr(module, "refuse"):
             module.refuse(spec, base, planned)

@@ -352,3 +352,47 @@ def test_the_page_on_new_formats_makes_one(make, merged, monkeypatch, tmp_path):
         parse("npz:f61")
     with pytest.raises(UsageError, match="packed takes true, false"):
         parse("npz:f16,packed=2")
+
+
+# --- auto-round
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["gguf:q4_k_m,method=auto-round", "gptq:4,method=auto-round,group_size=64"])
+def test_auto_round_makes_the_same_kind_of_file(make, merged, tmp_path, spec):
+    pytest.importorskip("auto_round", reason="needs the extra: auto-round")
+    ((artifact, folder),) = make(spec, calibration=DESK / "calibrate.jsonl")
+    assert artifact.recipe["method"].startswith("auto-round 0.") and artifact.recipe["iters"] == 0
+    assert artifact.seen_rows["calibrate"]
+    found = logits_of(artifact.engine, folder, tmp_path / "found.log")
+    wanted = logits_of("transformers", merged / "merged", tmp_path / "merged.log")
+    assert np.corrcoef(found[0].ravel(), wanted[0].ravel())[0, 1] > 0.95
+    if artifact.format == "gptq":
+        assert artifact.checks["vllm"]["kernel"] == "gptq_marlin"
+        return
+    from gguf import GGUFReader
+
+    assert list(artifact.files) == ["tiny-q4_k_m.gguf"] and artifact.tensor_types["q4_k"]["tensors"] >= 8
+    fields = GGUFReader(folder / "tiny-q4_k_m.gguf").fields
+    template = json.loads((merged / "merged" / "tokenizer_config.json").read_text()).get("chat_template")
+    file = merged / "merged" / "chat_template.jinja"
+    assert fields["tokenizer.chat_template"].contents() == (file.read_text() if file.is_file() else template)
+    assert fields["general.name"].contents().lower() == "tiny"
+
+
+def test_what_auto_round_cannot_do(tiny_models, tmp_path):
+    pytest.importorskip("auto_round", reason="needs the extra: auto-round")
+    rows = DESK / "calibrate.jsonl"
+    for spec, calibration, complaint in (
+        ("gguf:q4_k_m,method=auto-round", None, "needs rows, which auto-round"),
+        ("gguf:iq4_xs,method=auto-round", rows, "makes no iq4_xs"),
+        ("gguf:q4_k_m,iters=200", rows, "iters is auto-round's"),
+        ("gptq:4,method=auto-round,act_order=true", rows, "keeps the order"),
+    ):
+        with pytest.raises(UsageError, match=complaint):
+            compress(
+                tiny_models["llama"],
+                None,
+                Recipe(out=tmp_path / "dist", formats=(spec,), calibration=calibration),
+            )
+    assert not (tmp_path / "dist").exists()

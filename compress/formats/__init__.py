@@ -87,6 +87,14 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(FORMATS[name])
 
 
+def needs_rows(spec: Spec) -> str | None:
+    """What calibration rows are needed for; None where they are not."""
+    if spec.options.get("method") == "auto-round":
+        return "rows, which auto-round fits its scales on"
+    needed: str | None = module_of(spec.format).NEEDS_ROWS.get(spec.variant)
+    return needed
+
+
 def parse(text: str) -> Spec:
     """Read `format:variant[,option=value…]`.
 

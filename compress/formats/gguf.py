@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
+from edgeft.compress import autoround
 from edgeft.compress.converter import convert, installed_version
 from edgeft.compress.formats import gguf_split
 from edgeft.errors import EnvironmentFault
@@ -23,13 +24,18 @@ QUANTIZED = (
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
-OPTIONS: dict[str, Any] = {"split_max_size": gguf_split.OPTION}
+OPTIONS: dict[str, Any] = {"split_max_size": gguf_split.OPTION, **autoround.OPTIONS}
 NEEDS_ROWS = dict.fromkeys(NEED_IMATRIX, "an importance matrix, which needs rows")
 ENGINE = "gguf"
 PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy")
 REQUIRES = {"llama_cpp": "compress", "gguf": "compress", "torch": "compress", "transformers": "compress"}
 BLOCK_OF_256 = ("_k", "iq1_", "iq2_", "iq3_", "iq4_xs")
 FALLBACK_WARNING_SHARE = 0.05
+
+
+def refuse(spec: Any, base: Path, plan: Any) -> None:
+    """Raise what is wrong with the options."""
+    autoround.refuse(spec)
 
 
 def settings(job: Any) -> dict[str, Any]:
@@ -39,6 +45,8 @@ def settings(job: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name, **job.options
     }  # fmt: skip
+    if how := autoround.settings(job.options):
+        return {**found, **how, "calibration_sha256": sha256_file(job.calibration)}
     if job.variant in CONVERTED:
         return found
     if job.calibration is None:
@@ -66,6 +74,11 @@ def build(job: Any) -> dict[str, float]:
 
 def _build(job: Any) -> dict[str, float]:
     target = job.out / f"{job.model_name}-{job.variant}.gguf"
+    if job.options.get("method") == autoround.METHOD:
+        name = f"gguf:{autoround.SCHEMES.get(job.variant, job.variant)}"
+        spent = autoround.build(job, {"scheme": name.upper()}, name)
+        next(job.out.glob("*.gguf")).rename(target)
+        return spent
     if job.variant in CONVERTED:
         return convert(job.merged, target, job.variant, job.model_name, job.log)
     source, spent = _unquantized(job)

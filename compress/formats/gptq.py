@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
+from edgeft.compress import autoround
 from edgeft.compress.formats import Spec, one_of
 from edgeft.errors import UsageError
 
@@ -32,6 +33,7 @@ OPTIONS: dict[str, Any] = {
     "act_order": FLAG,
     "sym": FLAG,
     "rows": (read_rows, "a number of rows, 1 or more"),
+    **autoround.OPTIONS,
 }
 NEEDS_ROWS = dict.fromkeys(VARIANTS, "rows to calibrate on")
 ENGINE = "transformers"
@@ -40,7 +42,8 @@ REQUIRES = {"gptqmodel": "gptq", "optimum": "gptq", "torch": "gptq", "transforme
 
 
 def refuse(spec: Spec, base: Path, plan: Any) -> None:
-    """Raise UsageError where the group size does not divide a width."""
+    """Raise UsageError where the group size does not divide a width, or auto-round can't do what is asked."""
+    autoround.refuse(spec)
     group_size(base, spec.options.get("group_size"))
 
 
@@ -48,7 +51,7 @@ def settings(job: Any) -> dict[str, Any]:
     """What decides the result besides the merged model."""
     from edgeft.files import sha256_file
 
-    return {
+    found = {
         "bits": int(job.variant),
         "group_size": group_size(job.merged, job.options.get("group_size")),
         "desc_act": job.options.get("act_order", False),
@@ -56,6 +59,7 @@ def settings(job: Any) -> dict[str, Any]:
         "calibration_sha256": sha256_file(job.calibration),
         "calibration_rows": job.options.get("rows", CALIBRATION_ROWS),
     }
+    return {**found, **autoround.settings(job.options)}
 
 
 def group_size(model: Path, asked: int | None = None) -> int:
@@ -91,8 +95,16 @@ def build(job: Any) -> dict[str, Any]:
     """Write the GPTQ checkpoint; returns wall_s, peak_rss_bytes and checks (what vLLM's rules say of it)."""
     from edgeft.compress.formats import gptq_vllm
 
+    made = _auto_round(job) if job.options.get("method") == autoround.METHOD else _gptqmodel(job)
+    vllm = gptq_vllm.check(job.out)
+    if vllm["problems"]:
+        console.note(f"  vLLM would not load it as it is: {vllm['problems'][0]}")
+    return {"wall_s": made["wall_s"], "peak_rss_bytes": made["peak_rss_bytes"], "checks": {"vllm": vllm}}
+
+
+def _gptqmodel(job: Any) -> dict[str, Any]:
     decided = settings(job)
-    made = child.call(
+    return child.call(
         "edgeft.compress.formats.gptq:quantize",
         log=job.log,
         title="gptqmodel",
@@ -104,10 +116,13 @@ def build(job: Any) -> dict[str, Any]:
         rows=decided["calibration_rows"],
         settings={k: v for k, v in decided.items() if not k.startswith("calibration")},
     )
-    vllm = gptq_vllm.check(job.out)
-    if vllm["problems"]:
-        console.note(f"  vLLM would not load it as it is: {vllm['problems'][0]}")
-    return {"wall_s": made["wall_s"], "peak_rss_bytes": made["peak_rss_bytes"], "checks": {"vllm": vllm}}
+
+
+def _auto_round(job: Any) -> dict[str, Any]:
+    decided = settings(job)
+    made = autoround.build(job, {key: decided[key] for key in ("bits", "group_size", "sym")}, "auto_gptq")
+    (job.out / "quantization_config.json").unlink(missing_ok=True)  # config.json has the same
+    return made
 
 
 def calibration_rows(path: Path, count: int = CALIBRATION_ROWS) -> list[dict[str, Any]]:
