@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import formats, gate, gate_limits, gate_rows, grid, proof
+from edgeft.compress import formats, gate, gate_limits, gate_rows, grid, merge_base, proof
 from edgeft.compress.adapter import header_of
 from edgeft.compress.formats import Job
 from edgeft.compress.merge import Source, plan
@@ -56,8 +56,9 @@ class Recipe:
     name: str | None = None  # the model's name in files and metadata
     threads: int = os.cpu_count() or 1
     allow_seen_rows: bool = False
+    merge_base: str = "16bit"  # or dequantized, dequantized-double, auto: for a QLoRA adapter
     eval: Path | None = (
-        None  # rows of kind select for the gate; else a part of the calibration rows is kept aside
+        None  # rows of kind select: for the gate (else calibration rows are kept aside) and --merge-base auto
     )
     eval_limit: int = gate.TASK_ROWS  # rows that the gate asks, spread over the file
     gate: Path | Mapping[Any, Any] | None = None  # limits that differ from gate.yaml
@@ -89,9 +90,16 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
                 "calibrate",
                 calibration,
             )
+    merge_base.refuse(recipe.merge_base, base, adapters, recipe.eval, [spec.format for spec in specs])
+    if recipe.merge_base == "auto" and recipe.eval and not recipe.allow_seen_rows:
+        kinds = {k: v for k, v in seen.items() if k != "select"}
+        refuse_seen(load_rows(recipe.eval), kinds, "choose the merge base", recipe.eval)
     for spec in specs:
-        if calibration is None and (why := formats.module_of(spec.format).NEEDS_ROWS.get(spec.variant)):
+        module = formats.module_of(spec.format)
+        if calibration is None and (why := formats.needs_rows(spec)):
             raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
+        if hasattr(module, "refuse"):
+            module.refuse(spec, base, planned)
     chosen = gate_rows.GateRows([], None, "the gate was skipped")
     limits = gate_limits.load(recipe.gate)
     if specs and not recipe.no_gate:
@@ -114,6 +122,7 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
         None if recipe.no_gate else _gate(base if adapters else None, recipe, chosen, limits, coarse, merged)
     )
     made, rejected = [merged], []
+    done: list[formats.Spec] = []
     for spec in specs:
         job = Job(
             spec=spec,
@@ -124,12 +133,19 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
             model_name=name,
             calibration=calibration,
             threads=recipe.threads,
+            base=base,
+            adapters=tuple(adapters),
         )
-        try:
-            made.append(_artifact(job, merged, held))
-        except GateError as error:
-            console.note(f"  {error.message}")
-            rejected.append(error)
+        module = formats.module_of(spec.format)
+        for each in [*(module.needs(job) if hasattr(module, "needs") else []), job]:
+            if each.spec in done:
+                continue
+            done.append(each.spec)
+            try:
+                made.append(_artifact(each, merged, held))
+            except GateError as error:
+                console.note(f"  {error.message}")
+                rejected.append(error)
     for leftover in work.glob("source-*"):
         leftover.unlink()
     shutil.rmtree(work / "moments", ignore_errors=True)
@@ -223,16 +239,23 @@ def _merged(
             for folder, share in adapters
         ]
     settings = {"merge": "float32, rounded once"}
+    if recipe.merge_base != "16bit":
+        settings["merge_base"] = recipe.merge_base
+    if recipe.merge_base == "auto" and recipe.eval:
+        settings["eval_sha256"] = sha256_file(recipe.eval)
+        seen = {**seen, "select": [*seen.get("select", []), *map(row_hash, load_rows(recipe.eval))]}
+    elif recipe.merge_base == "16bit":
+        for folder, _ in adapters:
+            if why := merge_base.trained_on_4bit(folder):
+                console.note(
+                    f"  {folder.name} was trained beside 4-bit weights ({why}); --merge-base auto measures which base suits it"
+                )
+    taken = {"merge_base": recipe.merge_base}
 
     def build(out: Path) -> dict[str, Any]:
-        return child.call(
-            "edgeft.compress.merge:merge",
-            log=work / "merge.log",
-            title="merging",
-            base=str(base),
-            adapters=[[str(folder), share] for folder, share in adapters],
-            out=str(out),
-        )
+        spent = merge_base.build(base, adapters, out, recipe.merge_base, recipe.eval, work, recipe.threads)
+        taken["merge_base"] = spent["merge_base"]
+        return spent
 
     def inspect(out: Path, spent: dict[str, Any]) -> dict[str, Any]:
         tensor_bytes = tree_bytes_of(out, "*.safetensors")
@@ -245,14 +268,14 @@ def _merged(
     )  # fmt: skip
 
     def check(out: Path) -> dict[str, Any]:
-        return _prove(base, adapters, out, recipe, work) if adapters else {}
+        return _prove(base, adapters, out, recipe, work, taken["merge_base"]) if adapters else {}
 
     title = "merging the adapter" if adapters else "copying the base"
     return _make(blank, recipe.out / "merged", build, inspect, title, check)
 
 
 def _prove(
-    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path
+    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path, merge_base: str
 ) -> dict[str, Any]:
     """That the merged model is base + live adapter; where this box can't say so, that the proof is owed."""
     parameters = sum(weight_parameters(file) for file in base.glob("*.safetensors"))
@@ -268,6 +291,7 @@ def _prove(
         merged=str(merged),
         rows_file=str(recipe.calibration) if recipe.calibration else None,
         threads=recipe.threads,
+        merge_base=merge_base,
     )
     cost = {key: found.pop(key) for key in child.COST}
     held = proof.judge(found, str(recipe.out / REJECTED / "merged"))
@@ -284,7 +308,11 @@ def weight_parameters(file: Path) -> int:
 def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
     """One format's folder."""
     module = formats.module_of(job.spec.format)
-    seen = dict(merged.seen_rows)
+    of_base = getattr(module, "OF_BASE", False)
+    seen = {} if of_base else dict(merged.seen_rows)
+    made_from = {**merged.made_from, "merged_sha256": merged.sha256}
+    if of_base:
+        made_from = {"base": merged.made_from["base"]}
     settings = module.settings(job)
     if "calibration_sha256" in settings and job.calibration:
         seen["calibrate"] = [row_hash(row) for row in load_rows(job.calibration)]
@@ -293,7 +321,7 @@ def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
         seen = gate.seen_with(seen, gated.rows)
     blank = Artifact(
         id=job.spec.id, format=job.spec.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
-        made_from={**merged.made_from, "merged_sha256": merged.sha256}, recipe=settings, recipe_sha256="",
+        made_from=made_from, recipe=settings, recipe_sha256="",
         versions=versions_of(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
         tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
     )  # fmt: skip
@@ -368,7 +396,7 @@ def _make(
             tensor_types=facts["tensor_types"],
             fallback_share=facts["fallback_share"],
             cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
-            checks=checks,
+            checks={**spent.get("checks", {}), **checks},
         )
         artifact.save(staging / MANIFEST)
     return artifact

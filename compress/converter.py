@@ -20,7 +20,9 @@ from edgeft.files import disk_errors, replace_folder
 from edgeft.home import cache_dir
 
 SCRIPT = "convert_hf_to_gguf.py"
-WANTED = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")
+LORA_SCRIPT = "convert_lora_to_gguf.py"
+SCRIPTS = (SCRIPT, LORA_SCRIPT)
+WANTED = (*SCRIPTS, "conversion/", "gguf-py/gguf/", "LICENSE")
 
 
 def installed_version() -> str:
@@ -44,10 +46,14 @@ def converter() -> Path:
     Raises EnvironmentFault where pip can't fetch it, UsageError where EDGEFT_CONVERTER holds none.
     """
     folder = location()
-    if (folder / SCRIPT).is_file():
+    # A folder that an older edgeft kept may lack a script that is wanted now: it is fetched anew.
+    missing = [script for script in SCRIPTS if not (folder / script).is_file()]
+    if not missing:
         return folder
     if "EDGEFT_CONVERTER" in os.environ:
-        raise UsageError(f"EDGEFT_CONVERTER is {folder}, which has no {SCRIPT}.", "unset EDGEFT_CONVERTER")
+        raise UsageError(
+            f"EDGEFT_CONVERTER is {folder}, which has no {missing[0]}.", "unset EDGEFT_CONVERTER"
+        )
     release = installed_version()
     requirement = f"llama-cpp-python=={release}"
     log = cache_dir("logs", "converter.log")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.compress.adapter import Adapter, Change, ends_of, header_of, read_adapter
+from edgeft.compress.merge_base import is_rounded, rounded
 from edgeft.errors import UsageError
 from edgeft.files import read_json, write_json
 from edgeft.pull import ORIGIN, check_model_folder, safetensors_header
@@ -176,9 +177,10 @@ def _config_changes(
     return changes
 
 
-def merge(base: str, adapters: list[list[Any]], out: str) -> dict[str, Any]:
+def merge(base: str, adapters: list[list[Any]], out: str, merge_base: str = "16bit") -> dict[str, Any]:
     """Write base + adapters ([folder, share] each) into the folder `out`. Runs in a child process.
 
+    `merge_base`: 16bit, or how 4-bit training rounded the base's weights (edgeft.compress.merge_base).
     Returns how many weights changed, the largest change, the model's parameters and types, and what became of a tied head.
     Raises UsageError where a merged weight is not finite.
     """
@@ -188,7 +190,7 @@ def merge(base: str, adapters: list[list[Any]], out: str) -> dict[str, Any]:
     changed, largest = 0, 0.0
     types: dict[str, dict[str, int]] = {}
     for name, outputs in planned.files.items():
-        for count, most in _stream(source / name, target / name, outputs, planned.adapters, used):
+        for count, most in _stream(source / name, target / name, outputs, planned.adapters, used, merge_base):
             changed, largest = changed + count, max(largest, most)
         for output in outputs:
             kind = types.setdefault(output.dtype.lower(), {"tensors": 0, "parameters": 0})
@@ -230,7 +232,12 @@ def _index(source: Path, target: Path, files: dict[str, list[Output]]) -> None:
 
 
 def _stream(
-    source: Path, target: Path, outputs: list[Output], adapters: list[Adapter], used: set[tuple[Path, str]]
+    source: Path,
+    target: Path,
+    outputs: list[Output],
+    adapters: list[Adapter],
+    used: set[tuple[Path, str]],
+    merge_base: str,
 ) -> list[tuple[int, float]]:
     """Write one safetensors file, its header first; (changed, largest change) a tensor."""
     import torch
@@ -248,14 +255,18 @@ def _stream(
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     found = []
+    transposed = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
     with ExitStack() as stack, target.open("wb") as out:
         base = stack.enter_context(safe_open(source, "pt"))
         opened = {a.folder: stack.enter_context(safe_open(a.file, "pt")) for a in adapters}
         out.write(len(raw).to_bytes(8, "little") + raw)
         for output in outputs:
             weight = base.get_tensor(output.source)
+            dtype = weight.dtype
+            if merge_base != "16bit" and is_rounded(output.source, weight.shape):
+                weight = rounded(weight, merge_base, transposed)
             if output.parts:
-                before, dtype = weight.float(), weight.dtype
+                before = weight.float()
 
                 def take(adapter: Adapter, name: str) -> Any:
                     used.add((adapter.folder, name))
@@ -266,8 +277,9 @@ def _stream(
                     found.append((1, float((after - before).abs().max())))
                 else:
                     found.append((1, 0.0))
-                weight = after.to(dtype)
+                weight = after
                 del before, after
+            weight = weight.to(dtype)
             if weight.is_floating_point() and not torch.isfinite(weight).all():
                 raise UsageError(
                     f"{output.name} has NaN or Inf after merging.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgeft.compress.merge_base import round_model
 from edgeft.errors import GateError
 
 PROMPTS = 8
@@ -42,9 +43,12 @@ def owed(parameters: int, several: bool) -> str | None:
     return None
 
 
-def prove(base: str, adapter: str, merged: str, rows_file: str | None, threads: int) -> dict[str, Any]:
+def prove(
+    base: str, adapter: str, merged: str, rows_file: str | None, threads: int, merge_base: str = "16bit"
+) -> dict[str, Any]:
     """Compare live and merged logits. Runs in a child process.
 
+    The live adapter stands on the base that was merged into (`merge_base`).
     Returns kld_merged and kld_base (nats, means over positions), same_top1 (share of positions),
     largest_logprob_difference (nats), positions.
     """
@@ -61,6 +65,9 @@ def prove(base: str, adapter: str, merged: str, rows_file: str | None, threads: 
     torch.set_num_threads(threads)
     ids = prompts(load_tokenizer(Path(merged)), rows_file)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if merge_base != "16bit":
+        transposed = bool(read_json(Path(adapter, "adapter_config.json")).get("fan_in_fan_out"))
+        round_model(model, merge_base, transposed)
 
     def logits() -> list[Any]:
         with torch.inference_mode():

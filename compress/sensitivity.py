@@ -147,7 +147,7 @@ def _changes(pair: tuple[Any, Any, Any], types: list[str], weighed: Any) -> dict
 
     from edgeft.compress import blocks
 
-    parameter, order, weight = pair
+    _, order, weight = pair
     found = {}
     for kind in types:
         if weight.shape[1] % blocks.LAYOUTS[kind].values == 0:

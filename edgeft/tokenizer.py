@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def run_with_file_tokenizers(script: str, *arguments: str) -> None:
-    """Run a script whose AutoTokenizer gives what `load_tokenizer` gives, and runs no code out of model folders."""
+@contextmanager
+def go_by_the_file() -> Iterator[None]:
+    """While inside, AutoTokenizer gives what `load_tokenizer` gives, and runs no code out of model folders."""
     from transformers import AutoTokenizer
 
     original = AutoTokenizer.from_pretrained
@@ -44,9 +47,18 @@ def run_with_file_tokenizers(script: str, *arguments: str) -> None:
             AutoTokenizer.from_pretrained = from_pretrained  # type: ignore[assignment, method-assign]
 
     AutoTokenizer.from_pretrained = from_pretrained  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        AutoTokenizer.from_pretrained = original  # type: ignore[method-assign]
+
+
+def run_with_file_tokenizers(script: str, *arguments: str) -> None:
+    """Run a script that goes by the file."""
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    with go_by_the_file():
+        runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,12 @@ A format module has
     build(job)      -> cost; writes its files into job.out
     inspect(job)    -> {"tensor_types", "tensor_bytes", "fallback_share"} of what lies in job.out
 and may have
-    GATED           False for what can't be run alone, so that the gate leaves it out
+    GATED                     False for what can't be run alone, so that the gate leaves it out
+    refuse(spec, base, plan)  raises what is wrong with these options for this base and these adapters, before anything is written
+    needs(job)                -> jobs of the artefacts that must stand beside this one
+    OF_BASE = True            made of the base alone, whatever the adapters
 
+What `build` found out or chose by measuring goes back as "checks" beside the cost and stands in `artifact.json` there.
 What is asked for is written `format:variant[,option=value…]`, as `gguf:q4_k_m,ffn_down=q6_k`.
 """
 
@@ -29,6 +33,8 @@ from edgeft.errors import UsageError, missing_extra, nearest, unknown
 
 FORMATS = {
     "gguf": "edgeft.compress.formats.gguf",
+    "gguf-base": "edgeft.compress.formats.gguf_base",
+    "gguf-lora": "edgeft.compress.formats.gguf_lora",
     "onnx": "edgeft.compress.formats.onnx",
     "gptq": "edgeft.compress.formats.gptq",
 }
@@ -63,6 +69,8 @@ class Job:
     model_name: str
     calibration: Path | None  # rows
     threads: int
+    base: Path | None = None  # the base's folder
+    adapters: tuple[tuple[Path, float], ...] = ()  # each with its share
 
     @property
     def variant(self) -> str:
@@ -83,6 +91,14 @@ def module_of(name: str) -> ModuleType:
 def gated(name: str) -> bool:
     """Does what a format makes go through the gate?"""
     return bool(getattr(module_of(name), "GATED", True))
+
+
+def needs_rows(spec: Spec) -> str | None:
+    """What calibration rows are needed for; None where they are not."""
+    if spec.options.get("method") == "auto-round":
+        return "rows, which auto-round fits its scales on"
+    needed: str | None = module_of(spec.format).NEEDS_ROWS.get(spec.variant)
+    return needed
 
 
 def parse(text: str) -> Spec:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import blocks
+from edgeft.compress import autoround, blocks
 from edgeft.compress.converter import convert, installed_version
-from edgeft.compress.formats import one_of
+from edgeft.compress.formats import gguf_split, one_of
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.files import read_json, sha256_json
 
@@ -56,6 +56,8 @@ OPTIONS: dict[str, Any] = {
     "rounding": one_of("nearest", "feedback"),
     "types": (read_types, "a JSON file of tensor name -> type"),
     **dict.fromkeys(TENSOR_CLASSES, one_of(*TENSOR_TYPES)),
+    "split_max_size": gguf_split.OPTION,
+    **autoround.OPTIONS,
 }
 NEEDS_ROWS = dict.fromkeys(NEED_IMATRIX, "an importance matrix, which needs rows")
 ENGINE = "gguf"
@@ -65,11 +67,20 @@ BLOCK_OF_256 = ("_k", "iq1_", "iq2_", "iq3_", "iq4_xs")
 FALLBACK_WARNING_SHARE = 0.05
 
 
+def refuse(spec: Any, base: Path, plan: Any) -> None:
+    """Raise what is wrong with the options."""
+    autoround.refuse(spec)
+
+
 def settings(job: Any) -> dict[str, Any]:
     """What decides the result besides the merged model. Raises UsageError for options that the variant can't have."""
     from edgeft.files import sha256_file
 
-    found = {"converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name}
+    found: dict[str, Any] = {
+        "converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name, **job.options
+    }  # fmt: skip
+    if how := autoround.settings(job.options):
+        return {**found, **how, "calibration_sha256": sha256_file(job.calibration)}
     if job.variant in CONVERTED:
         if refused := set(job.options) & {"rounding", "types", *TENSOR_CLASSES}:
             raise UsageError(
@@ -105,9 +116,31 @@ def tensor_types(options: dict[str, Any]) -> list[tuple[str, str]]:
     return [*single, *classes]
 
 
-def build(job: Any) -> dict[str, Any]:
-    """Write the GGUF file; returns wall_s and peak_rss_bytes."""
+def build(job: Any) -> dict[str, float]:
+    """Write the GGUF file, or its parts; returns wall_s and peak_rss_bytes."""
+    spent = _build(job)
+    if size := job.options.get("split_max_size"):
+        cut = child.call(
+            "edgeft.compress.formats.gguf_split:split",
+            log=job.log,
+            title="splitting",
+            file=str(next(job.out.glob("*.gguf"))),
+            max_bytes=gguf_split.size_bytes(size),
+        )
+        spent = {
+            "wall_s": spent["wall_s"] + cut["wall_s"],
+            "peak_rss_bytes": max(spent["peak_rss_bytes"], cut["peak_rss_bytes"]),
+        }
+    return spent
+
+
+def _build(job: Any) -> dict[str, float]:
     target = job.out / f"{job.model_name}-{job.variant}.gguf"
+    if job.options.get("method") == autoround.METHOD:
+        name = f"gguf:{autoround.SCHEMES.get(job.variant, job.variant)}"
+        spent = autoround.build(job, {"scheme": name.upper()}, name)
+        next(job.out.glob("*.gguf")).rename(target)
+        return spent
     if job.variant in CONVERTED:
         return convert(job.merged, target, job.variant, job.model_name, job.log)
     source, spent = unquantized(job)
@@ -269,11 +302,11 @@ def inspect(job: Any) -> dict[str, Any]:
     """Tensors and parameters by type, read from the file; the share of parameters too narrow for the asked type."""
     from gguf import GGUFReader
 
-    file = next(job.out.glob("*.gguf"))
+    tensors = [tensor for file in sorted(job.out.glob("*.gguf")) for tensor in GGUFReader(file).tensors]
     wide = any(mark in job.variant for mark in BLOCK_OF_256)
     types: dict[str, dict[str, int]] = {}
     total_bytes = parameters = narrow = 0
-    for tensor in GGUFReader(file).tensors:
+    for tensor in tensors:
         count = int(tensor.n_elements)
         kind = types.setdefault(tensor.tensor_type.name.lower(), {"tensors": 0, "parameters": 0})
         kind["tensors"] += 1

@@ -1,6 +1,7 @@
 """ONNX by onnxruntime-genai's model builder: fused attention, KV cache, blockwise weights.
 
-Tied embeddings are stored once, quantized, for both ends; untied ones are quantized as well.
+Tied embeddings are stored once, quantized, for both ends; untied ones are quantized as well. How exactly the CPU
+multiplies (`accuracy_level`) is chosen by measuring: see onnx_accuracy.
 """
 
 from __future__ import annotations
@@ -10,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child
-from edgeft.files import read_json
+from edgeft.compress.formats import Spec, one_of, onnx_accuracy
+from edgeft.errors import EnvironmentFault, UsageError
+from edgeft.files import read_json, sha256_file
 
-VARIANTS = ("int8", "int4", "fp32")
-OPTIONS: dict[str, Any] = {}
+VARIANTS = ("int8", "int4", "fp32", "fp16")
+BLOCKWISE = ("int8", "int4")
+OPTIONS: dict[str, Any] = {
+    "accuracy_level": one_of("auto", 0, 1, 4),
+    "block_size": one_of(16, 32, 64, 128),
+    "embedding": one_of("shared", "own"),
+    "device": one_of("cpu", "cuda"),
+}
 NEEDS_ROWS: dict[str, str] = {}
 ENGINE = "onnx"
 PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx-ir", "torch", "transformers")
@@ -25,18 +34,92 @@ REQUIRES = {
 }
 
 
+def refuse(spec: Spec, base: Path, plan: Any) -> None:
+    """Raise UsageError for options that don't go together, EnvironmentFault for a device that is not here."""
+    chosen = spec.options
+    if spec.variant not in BLOCKWISE and (
+        odd := [k for k in ("accuracy_level", "block_size") if k in chosen]
+    ):
+        raise UsageError(
+            f"{spec}: {odd[0]} is for int4 and int8; {spec.variant} has no blocks.", "--to onnx:int4"
+        )
+    if spec.variant == "fp16" and chosen.get("device") == "cpu":
+        raise UsageError(f"{spec}: fp16 runs on CUDA; a CPU computes in fp32.", "--to onnx:fp32")
+    if device(spec) == "cuda" and (missing := cuda_missing()):
+        raise EnvironmentFault(f"{spec} is made for CUDA, and {missing}.", "pip install 'edgeft[gpu]'")
+    config = read_json(base / "config.json")
+    tied = bool({**config, **plan.config}.get("tie_word_embeddings", False))
+    if chosen.get("embedding") == "shared" and not tied:
+        raise UsageError(
+            f"{spec}: the head is not tied to the embedding, so they can't share.", "embedding=own"
+        )
+    width, block = config.get("hidden_size"), chosen.get("block_size", 32)
+    if spec.variant == "int8" and width and width % block:
+        fits = [str(size) for size in (16, 32, 64, 128) if width % size == 0]
+        raise UsageError(
+            f"{spec}: blocks of {block} don't divide the width {width}.", f"block_size={' or '.join(fits)}"
+        )
+
+
+def device(spec: Spec) -> str:
+    """cpu or cuda: what was asked for, else what the variant needs."""
+    return spec.options.get("device") or ("cuda" if spec.variant == "fp16" else "cpu")
+
+
+def cuda_missing() -> str | None:
+    """What this machine lacks to run ONNX on CUDA; None where it has all."""
+    import onnxruntime
+    import onnxruntime_genai
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "the onnxruntime here has no CUDAExecutionProvider (onnxruntime-gpu has it)"
+    if not onnxruntime_genai.is_cuda_available():
+        return "the onnxruntime-genai here has no CUDA (onnxruntime-genai-cuda has it, beside a driver)"
+    return None
+
+
 def settings(job: Any) -> dict[str, Any]:
     """What decides the result besides the merged model."""
-    return {"execution_provider": "cpu", "extra_options": extra_options(job.variant)}
+    found: dict[str, Any] = {
+        "execution_provider": device(job.spec),
+        "extra_options": extra_options(job.spec, _tied(job)),
+        "embedding": embedding(job),
+    }
+    if job.variant in BLOCKWISE:
+        found["accuracy_level"] = accuracy_level(job.spec)
+        if found["accuracy_level"] == "auto" and job.calibration:
+            found["calibration_sha256"] = sha256_file(job.calibration)
+    return found
 
 
-def extra_options(variant: str) -> list[str]:
-    """The builder's options for a variant, KEY=VALUE."""
-    return [] if variant == "fp32" else ["block_size=32", "accuracy_level=4"]
+def accuracy_level(spec: Spec) -> Any:
+    """auto or the level asked for; CUDA has its own way of multiplying and takes none."""
+    return spec.options.get("accuracy_level", "auto" if device(spec) == "cpu" else 0)
 
 
-def build(job: Any) -> dict[str, float]:
-    """Write the ONNX model with its genai_config and tokenizer; returns wall_s and peak_rss_bytes."""
+def _tied(job: Any) -> bool:
+    return bool(read_json(job.merged / "config.json").get("tie_word_embeddings", False))
+
+
+def embedding(job: Any) -> str:
+    """shared: one table for both ends; own: a table for each."""
+    return job.options.get("embedding") or ("shared" if _tied(job) else "own")
+
+
+def extra_options(spec: Spec, tied: bool) -> list[str]:
+    """The builder's options, KEY=VALUE."""
+    found = []
+    if spec.variant in BLOCKWISE:
+        # The level is set in the finished graph: one build serves every level.
+        found = [f"block_size={spec.options.get('block_size', 32)}", "accuracy_level=4"]
+    if tied and spec.options.get("embedding") == "own":
+        found.append("shared_embeddings=false")
+    return found
+
+
+def build(job: Any) -> dict[str, Any]:
+    """Write the ONNX model with its genai_config and tokenizer; returns wall_s, peak_rss_bytes and checks."""
+    where = device(job.spec)
     command = [
         sys.executable,
         "-m",
@@ -46,22 +129,34 @@ def build(job: Any) -> dict[str, float]:
         "-o",
         str(job.out),
     ]
-    command += ["-p", job.variant, "-e", "cpu", "-c", str(job.work / "onnx-cache")]
-    if options := extra_options(job.variant):
+    command += ["-p", job.variant, "-e", where, "-c", str(job.work / "onnx-cache")]
+    if options := extra_options(job.spec, _tied(job)):
         command += ["--extra_options", *options]
-    spent = child.run(command, log=job.log, title="onnxruntime-genai's builder", env={"HF_HUB_OFFLINE": "1"})
-    if job.variant != "int8":
-        return spent
-    second = child.call(
-        "edgeft.compress.formats.onnx_embedding:quantize_embedding",
-        log=job.log,
-        title="quantizing the embedding",
-        folder=str(job.out),
-        tied=read_json(job.merged / "config.json").get("tie_word_embeddings", False),
-    )
+    steps = [
+        child.run(command, log=job.log, title="onnxruntime-genai's builder", env={"HF_HUB_OFFLINE": "1"})
+    ]
+    choices: dict[str, Any] = {}
+    if job.variant in BLOCKWISE:
+        if where == "cpu":
+            steps.append(
+                child.call(
+                    "edgeft.compress.formats.onnx_embedding:quantize_embedding",
+                    log=job.log,
+                    title="quantizing the embedding",
+                    folder=str(job.out),
+                    tied=embedding(job) == "shared",
+                    block=job.options.get("block_size", 32),
+                )
+            )
+        level = accuracy_level(job.spec)
+        if level == "auto":
+            choices, spent = onnx_accuracy.choose(job)
+            level, steps = choices["accuracy_level"]["chosen"], [*steps, *spent]
+        steps.append(onnx_accuracy.set_level(job, level))
     return {
-        "wall_s": spent["wall_s"] + second["wall_s"],
-        "peak_rss_bytes": max(spent["peak_rss_bytes"], second["peak_rss_bytes"]),
+        "wall_s": sum(step["wall_s"] for step in steps),
+        "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
+        **({"checks": {"choices": choices}} if choices else {}),
     }
 
 

@@ -54,6 +54,13 @@ from edgeft.cli import options
     "--gate", "limits", type=click.Path(path_type=Path), help="Limits (YAML) that differ from the defaults."
 )
 @click.option("--no-gate", is_flag=True, help="Check no artefact.")
+@click.option(
+    "--merge-base",
+    type=click.Choice(["16bit", "dequantized", "dequantized-double", "auto"]),
+    default="16bit",
+    show_default=True,
+    help="What a QLoRA adapter is merged into; auto measures on the rows of --eval.",
+)
 @options
 def command(
     base: str,
@@ -68,6 +75,7 @@ def command(
     eval_limit: int,
     limits: Path | None,
     no_gate: bool,
+    merge_base: str,
 ) -> None:
     """Merge an adapter into its base and quantize.
 
@@ -93,6 +101,7 @@ def command(
         eval_limit=eval_limit,
         gate=limits,
         no_gate=no_gate,
+        merge_base=merge_base,
     )
     rejected = None
     try:

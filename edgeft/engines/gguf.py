@@ -1,11 +1,17 @@
-"""GGUF: served by xllamacpp (llama.cpp's server, prebuilt), logits by llama-cpp-python's decode."""
+"""GGUF: served by xllamacpp (llama.cpp's server, prebuilt), logits by llama-cpp-python's decode.
+
+A folder with `base.json` holds an adapter alone, which is loaded beside the base that the file names.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from edgeft.errors import UsageError
 
 REQUIRES = {"xllamacpp": "gguf"}
 _alive: list[Any] = []  # the server lives as long as its object
@@ -16,8 +22,13 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     import xllamacpp as llama
     from xllamacpp import __version__
 
+    model, adapter = model_and_adapter(folder)
     p = llama.CommonParams()
-    p.model.path = str(gguf_file(folder))
+    p.model.path = str(model)
+    if adapter:
+        loaded = llama.CommonAdapterLoraInfo()
+        loaded.path, loaded.scale = str(adapter), 1.0
+        p.lora_adapters = [loaded]
     p.model_alias = {options["name"]}
     p.n_ctx = options["context"]
     p.n_parallel = 1
@@ -48,6 +59,24 @@ def gguf_file(folder: Path) -> Path:
     return folder if folder.is_file() else sorted(folder.glob("*.gguf"))[0]
 
 
+def model_and_adapter(folder: Path) -> tuple[Path, Path | None]:
+    """The model's GGUF file, and the adapter's where the folder holds one to be loaded beside a base.
+
+    Raises UsageError where that base is gone.
+    """
+    beside = folder / "base.json"
+    if not folder.is_dir() or not beside.is_file():
+        return gguf_file(folder), None
+    base = json.loads(beside.read_text(encoding="utf-8"))
+    file = (folder / base["file"]).resolve()
+    if not file.is_file() or file.stat().st_size != base["bytes"]:
+        raise UsageError(
+            f"{folder} is an adapter for {base['file']}, and no such file of {base['bytes']} bytes lies there.",
+            "keep the two folders side by side; edgeft compress … --to gguf-lora:… makes them again",
+        )
+    return file, gguf_file(folder)
+
+
 def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Iterator[Any]:
     """Logits of every position, a float32 array [tokens, vocabulary] a row. Runs in a child process.
 
@@ -61,9 +90,10 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
     llama.llama_backend_init()
     model_parameters = llama.llama_model_default_params()
     model_parameters.n_gpu_layers = 0
-    model = llama.llama_model_load_from_file(str(gguf_file(folder)).encode(), model_parameters)
+    file, adapter_file = model_and_adapter(folder)
+    model = llama.llama_model_load_from_file(str(file).encode(), model_parameters)
     if not model:
-        raise RuntimeError(f"llama.cpp can't load {gguf_file(folder)}")
+        raise RuntimeError(f"llama.cpp can't load {file}")
     context_parameters = llama.llama_context_default_params()
     context_parameters.n_ctx = context_parameters.n_batch = context_parameters.n_ubatch = longest + 1
     context_parameters.n_threads = context_parameters.n_threads_batch = options["threads"]
@@ -72,6 +102,13 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
         context_parameters.type_k = context_parameters.type_v = llama.GGML_TYPE_F32
         context_parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama.llama_init_from_model(model, context_parameters)
+    if adapter_file:
+        adapter = llama.llama_adapter_lora_init(model, str(adapter_file).encode())
+        scale = (ctypes.c_float * 1)(1.0)
+        if not adapter or llama.llama_set_adapters_lora(
+            context, (llama.llama_adapter_lora_p_ctypes * 1)(adapter), 1, scale
+        ):
+            raise RuntimeError(f"llama.cpp can't load the adapter {adapter_file}")
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     batch = llama.llama_batch_init(longest, 0, 1)
     try:
