@@ -11,33 +11,33 @@ What stands there already and was made from the same inputs by the same recipe i
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import formats, proof
+from edgeft.compress import formats, preflight, proof, provenance, resume
 from edgeft.compress.adapter import header_of
-from edgeft.compress.formats import Job
+from edgeft.compress.card import CARD, card
+from edgeft.compress.formats import Job, Spec
 from edgeft.compress.merge import Source, plan
+from edgeft.compress.recipe import Recipe
+from edgeft.compress.sbom import SBOM, bill
 from edgeft.errors import GateError, UsageError
 from edgeft.files import (
     list_files,
-    need_disk,
     read_json,
     replace_folder,
     sha256_file,
     sha256_json,
     staged_folder,
-    tree_bytes,
     write_json,
+    write_text,
 )
-from edgeft.pull import origin_of, weights_sha256
-from edgeft.rows import load_rows, refuse_seen, row_hash
+from edgeft.pull import origin_of
+from edgeft.rows import load_rows, refuse_seen, row_hash, spread
 from edgeft.types import Artifact
 
 MANIFEST = "artifact.json"
@@ -46,24 +46,39 @@ TUNE_MANIFEST = "edgeft-tune.json"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What `compress` makes and where."""
+class Prepared:
+    """What `compress` knows before the work begins: everything that could be wrong was looked at."""
 
-    out: Path
-    formats: tuple[str, ...]  # format:variant[,option=value…]
-    calibration: Path | None = None  # rows for the formats that calibrate
-    name: str | None = None  # the model's name in files and metadata
-    threads: int = os.cpu_count() or 1
-    allow_seen_rows: bool = False
+    base: Path
+    adapters: list[Source]
+    recipe: Recipe
+    specs: list[Spec]
+    name: str
+    calibration: Path | None
+    seen: dict[str, list[str]]  # kind of step -> hashes of the rows that training saw
+    made_from: dict[str, Any]
+    forecast: preflight.Forecast
+    checks: bool = True
 
 
-def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> list[Artifact]:
+def compress(
+    base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe, *, checks: bool = True
+) -> list[Artifact]:
     """Merge `adapter` into `base` and write every asked format; returns the artefacts, the merged model first.
 
     `adapter` is one folder, or several with their shares: W + sum of share * (what each makes of W - W).
+    Without `checks` nothing is proven of what is made: for a copy that is compared byte by byte with a checked one.
     Raises UsageError for wrong inputs before anything is written, EnvironmentFault where a package,
-    a tool or disk space is missing.
+    a tool, memory or disk space is missing.
     """
+    ready = replace(prepare(base, adapter, recipe), checks=checks)
+    preflight.refuse(ready.forecast, recipe.out)
+    with resume.only_run(recipe.out):
+        return _make_all(ready)
+
+
+def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> Prepared:
+    """Check what was asked for, hash the inputs, and predict memory, disk and time. Writes nothing."""
     specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
     adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
     planned = plan(base, adapters)
@@ -84,27 +99,33 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
     for spec in specs:
         if calibration is None and (why := formats.module_of(spec.format).NEEDS_ROWS.get(spec.variant)):
             raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
-    need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
-
-    work = recipe.out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
+    with console.step("hashing the inputs"):
+        made_from = provenance.inputs_of(base, adapters)
     name = recipe.name or default_name(base, adapters)
-    merged = _merged(base, adapters, recipe, name, seen, work)
+    forecast = preflight.forecast(planned, specs, recipe, made_from)
+    return Prepared(base, adapters, recipe, specs, name, calibration, seen, made_from, forecast)
+
+
+def _make_all(ready: Prepared) -> list[Artifact]:
+    """The merged model and every format, one after the other."""
+    out = ready.recipe.out
+    work = out / ".work"
+    provenance.remember_places(work, ready.base, ready.adapters, ready.recipe)
+    merged = _merged(ready, work)
     made = [merged]
-    for spec in specs:
+    for spec in ready.specs:
         job = Job(
             spec=spec,
-            merged=recipe.out / "merged",
-            out=recipe.out / spec.id,
+            merged=out / "merged",
+            out=out / spec.id,
             work=work,
             log=work / f"{spec.id}.log",
-            model_name=name,
-            calibration=calibration,
-            threads=recipe.threads,
+            model_name=ready.name,
+            calibration=ready.calibration,
+            threads=ready.recipe.threads,
         )
-        made.append(_artifact(job, merged))
-    for leftover in work.glob("source-*"):
-        leftover.unlink()
+        made.append(_artifact(job, merged, ready))
+    resume.forget_all(work)
     return made
 
 
@@ -145,23 +166,9 @@ def load_artifact(folder: Path, verify: bool = False) -> Artifact:
     return artifact
 
 
-def _merged(
-    base: Path, adapters: Sequence[Source], recipe: Recipe, name: str, seen: dict[str, list[str]], work: Path
-) -> Artifact:
+def _merged(ready: Prepared, work: Path) -> Artifact:
     """`dist/merged`: the adapters added to their base."""
-    made_from: dict[str, Any] = {
-        "base": {**origin_without_files(base), "weights_sha256": weights_sha256(base)}
-    }
-    if adapters:
-        made_from["adapters"] = [
-            {
-                "name": folder.resolve().name,
-                "share": share,
-                "weights_sha256": weights_sha256(folder),
-                "config_sha256": sha256_file(folder / "adapter_config.json"),
-            }
-            for folder, share in adapters
-        ]
+    base, adapters, recipe = ready.base, ready.adapters, ready.recipe
     settings = {"merge": "float32, rounded once"}
 
     def build(out: Path) -> dict[str, Any]:
@@ -179,16 +186,17 @@ def _merged(
         return {**spent, "tensor_bytes": tensor_bytes, "fallback_share": None}
 
     blank = Artifact(
-        id="merged", format="safetensors", variant="merged", engine="transformers", model_name=name, created_at="",
-        made_from=made_from, recipe=settings, recipe_sha256="", versions=versions_of(("torch", "safetensors")), files={},
-        size_bytes=0, parameters=0, bits_per_weight=0.0, tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
+        id="merged", format="safetensors", variant="merged", engine="transformers", model_name=ready.name, created_at="",
+        made_from=ready.made_from, recipe=settings, recipe_sha256="", versions=versions_of(("torch", "safetensors")), files={},
+        size_bytes=0, parameters=0, bits_per_weight=0.0, tensor_types={}, fallback_share=None, seen_rows=ready.seen, cost={},
+        asked=provenance.asked_of(recipe, ready.made_from, "merged", ready.name),
     )  # fmt: skip
 
     def check(out: Path) -> dict[str, Any]:
-        return _prove(base, adapters, out, recipe, work) if adapters else {}
+        return _prove(base, adapters, out, recipe, work) if adapters and ready.checks else {}
 
     title = "merging the adapter" if adapters else "copying the base"
-    return _make(blank, recipe.out / "merged", build, inspect, title, check)
+    return _make(blank, recipe.out / "merged", build, inspect, title, check, ready.forecast)
 
 
 def _prove(
@@ -213,7 +221,8 @@ def _prove(
     held = proof.judge(found, str(recipe.out / REJECTED / "merged"))
     if held["status"] != "held":
         console.note(f"  the proof {held['status']}")
-    return {"proof": {**held, "cost": cost}}
+    rows = spread(load_rows(recipe.calibration), proof.PROMPTS) if recipe.calibration else []
+    return {"proof": {**held, "rows": [row_hash(row) for row in rows], "cost": cost}}
 
 
 def weight_parameters(file: Path) -> int:
@@ -221,7 +230,7 @@ def weight_parameters(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for entry in header_of(file).values())
 
 
-def _artifact(job: Job, merged: Artifact) -> Artifact:
+def _artifact(job: Job, merged: Artifact, ready: Prepared) -> Artifact:
     """One format's folder."""
     module = formats.module_of(job.spec.format)
     seen = dict(merged.seen_rows)
@@ -233,6 +242,7 @@ def _artifact(job: Job, merged: Artifact) -> Artifact:
         made_from={**merged.made_from, "merged_sha256": merged.sha256}, recipe=settings, recipe_sha256="",
         versions=versions_of(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
         tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
+        asked=provenance.asked_of(ready.recipe, ready.made_from, str(job.spec), job.model_name),
     )  # fmt: skip
 
     def build(out: Path) -> dict[str, Any]:
@@ -242,7 +252,7 @@ def _artifact(job: Job, merged: Artifact) -> Artifact:
     def inspect(out: Path, _: dict[str, Any]) -> dict[str, Any]:
         return module.inspect(replace(job, out=out))
 
-    artifact = _make(blank, job.out, build, inspect, f"making {job.spec}")
+    artifact = _make(blank, job.out, build, inspect, f"making {job.spec}", forecast=ready.forecast)
     if (artifact.fallback_share or 0.0) > 0.05:
         console.note(
             f"  {artifact.id}: {artifact.fallback_share:.0%} of the parameters stand in rows that are no multiple of 256 "
@@ -258,11 +268,16 @@ def _make(
     inspect: Callable[[Path, dict[str, Any]], dict[str, Any]],
     title: str,
     check: Callable[[Path], dict[str, Any]] = lambda _: {},
+    forecast: preflight.Forecast | None = None,
 ) -> Artifact:
-    """Build `target` under a temporary name, look at what was made, write its manifest, rename; or keep what stands there."""
+    """Build `target` under a temporary name, look at what was made, write its manifest, rename; or keep what stands there.
+
+    What was built stays in `.work` under its key until then, so that a kill during the checks does not lose it.
+    """
     key = sha256_json(
         [blank.format, blank.variant, blank.model_name, blank.made_from, blank.recipe, blank.versions]
     )
+    built = target.parent / ".work" / f"made-{blank.id}-{key[:16]}"
     if (target / MANIFEST).is_file():
         try:
             standing = load_artifact(target, verify=True)
@@ -270,17 +285,19 @@ def _make(
             standing = None
         if standing and standing.recipe_sha256 == key:
             console.note(f"  {blank.id}: kept, made from the same inputs before")
+            describe(standing, target)
             return standing
-    with console.step(title), staged_folder(target) as staging:
-        spent = build(staging)
+    with console.step(title), staged_folder(target) as staging, child.recorded() as looked:
+        spent, steps = resume.kept(built, staging, build)
         facts = inspect(staging, spent)
         try:
             checks = check(staging)
         except GateError as error:
             reject(staging, target, error)
+            resume.forget(built)
             raise
         parameters = blank.parameters or int(facts["parameters"])
-        files = list_files(staging)
+        files = list_files(staging, leave_out=frozenset((CARD, SBOM)))
         artifact = replace(
             blank,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -293,9 +310,21 @@ def _make(
             fallback_share=facts["fallback_share"],
             cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
             checks=checks,
+            made_on=provenance.made_on(),
         )
+        artifact = preflight.beside(artifact, [*steps, *looked], forecast)
         artifact.save(staging / MANIFEST)
+        describe(artifact, staging)
+    resume.forget(built)
     return artifact
+
+
+def describe(artifact: Artifact, folder: Path) -> None:
+    """Write the model card and the bill of materials, each where it is not there yet: a person may have edited it."""
+    if not (folder / CARD).exists():
+        write_text(folder / CARD, card(artifact))
+    if not (folder / SBOM).exists():
+        write_json(folder / SBOM, bill(artifact))
 
 
 def reject(staging: Path, target: Path, error: GateError) -> None:
@@ -318,10 +347,4 @@ def tree_bytes_of(folder: Path, pattern: str) -> int:
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
     """Installed versions of packages; those absent are left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return provenance.installed(packages)

@@ -18,6 +18,7 @@ COMMANDS = {
     "pull": "Fetch a base model and print its folder.",
     "tune": "Train a LoRA adapter on rows.",
     "compress": "Merge an adapter into its base and quantize.",
+    "rebuild": "Make an artefact again and compare it bit by bit.",
     "bench": "Measure artefacts on this box.",
     "profiles": "List, show and detect hardware profiles.",
     "route": "Fit and use a routing policy.",

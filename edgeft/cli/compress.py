@@ -1,11 +1,16 @@
 """`edgeft compress`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgeft import console
-from edgeft.cli import options
+from edgeft.cli import options, recipes
+from edgeft.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeft.compress import Recipe
 
 
 @click.command("compress")
@@ -37,8 +42,12 @@ from edgeft.cli import options
 @click.option("--name", help="The model's name in file names and metadata.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to quantize with (all cores if left out).")
 @click.option("--allow-seen-rows", is_flag=True, help="Take calibration rows that an earlier step has seen.")
+@click.option("--dry-run", is_flag=True, help="Print what it would take in memory, disk and time, and stop.")
+@recipes.option
 @options
+@click.pass_context
 def command(
+    ctx: click.Context,
     base: str,
     adapters: tuple[str, ...],
     formats: tuple[str, ...],
@@ -47,6 +56,7 @@ def command(
     name: str | None,
     threads: int | None,
     allow_seen_rows: bool,
+    dry_run: bool,
 ) -> None:
     """Merge an adapter into its base and quantize.
 
@@ -66,7 +76,14 @@ def command(
         threads=threads or os.cpu_count() or 1,
         allow_seen_rows=allow_seen_rows,
     )
-    artifacts = compress(pull(base), [share_of(word) for word in adapters], recipe)
+    sources = [share_of(word) for word in adapters]
+    try:
+        if dry_run:
+            _foresee(pull(base), sources, recipe)
+            return
+        artifacts = compress(pull(base), sources, recipe)
+    except UsageError as error:
+        raise recipes.naming_its_line(ctx, error) from None
     console.result([a.to_dict() for a in artifacts])
     console.table(
         ["artefact", "MB", "bits/weight", "types", "made in s", "peak MB"],
@@ -82,6 +99,20 @@ def command(
             for a in artifacts
         ],
     )
+
+
+def _foresee(base: Path, sources: list[tuple[Path, float]], recipe: "Recipe") -> None:
+    """Print the pre-flight's table; raises EnvironmentFault where the work would not fit."""
+    from edgeft.compress import preflight, prepare
+
+    seen = prepare(base, sources, recipe).forecast
+    console.result(seen.to_dict())
+    console.table(["artefact", "step", "peak MB", "about s", "disk MB", ""], preflight.rows_of(seen))
+    console.note(
+        f"  needs {seen.need_disk_bytes / 1e9:.2f} GB of disk, {seen.free_disk_bytes / 1e9:.2f} GB are free; "
+        f"{seen.free_ram_bytes / 1e9:.2f} GB of memory are free"
+    )
+    preflight.refuse(seen, recipe.out)
 
 
 def share_of(word: str) -> tuple[Path, float]:
