@@ -11,68 +11,89 @@ What stands there already and was made from the same inputs by the same recipe i
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import formats, gate, gate_limits, gate_rows, grid, merge_base, proof
-from edgeft.compress.adapter import header_of
-from edgeft.compress.formats import Job
-from edgeft.compress.merge import Source, plan
-from edgeft.errors import GateError, UsageError
-from edgeft.files import (
-    list_files,
-    need_disk,
-    read_json,
-    replace_folder,
-    sha256_file,
-    sha256_json,
-    staged_folder,
-    tree_bytes,
-    write_json,
+from edgeft.compress import (
+    formats,
+    gate,
+    gate_limits,
+    gate_rows,
+    grid,
+    merge_base,
+    preflight,
+    proof,
+    provenance,
+    resume,
 )
-from edgeft.pull import origin_of, weights_sha256
-from edgeft.rows import load_rows, refuse_seen, row_hash
+from edgeft.compress.adapter import header_of
+from edgeft.compress.formats import Job, Spec
+from edgeft.compress.make import REJECTED, make, reject
+from edgeft.compress.merge import Source, plan
+from edgeft.compress.recipe import Recipe
+from edgeft.errors import GateError, UsageError
+from edgeft.files import read_json, sha256_file
+from edgeft.pull import origin_of
+from edgeft.rows import load_rows, refuse_seen, row_hash, spread
 from edgeft.types import Artifact
 
-MANIFEST = "artifact.json"
-REJECTED = ".rejected"
 TUNE_MANIFEST = "edgeft-tune.json"
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What `compress` makes and where."""
+class Prepared:
+    """What `compress` knows before the work begins: everything that could be wrong was looked at."""
 
-    out: Path
-    formats: tuple[str, ...]  # format:variant[,option=value…]
-    calibration: Path | None = None  # rows for the formats that calibrate
-    name: str | None = None  # the model's name in files and metadata
-    threads: int = os.cpu_count() or 1
-    allow_seen_rows: bool = False
-    merge_base: str = "16bit"  # or dequantized, dequantized-double, auto: for a QLoRA adapter
-    eval: Path | None = (
-        None  # rows of kind select: for the gate (else calibration rows are kept aside) and --merge-base auto
-    )
-    eval_limit: int = gate.TASK_ROWS  # rows that the gate asks, spread over the file
-    gate: Path | Mapping[Any, Any] | None = None  # limits that differ from gate.yaml
-    no_gate: bool = False
+    base: Path
+    adapters: list[Source]
+    recipe: Recipe
+    specs: list[Spec]
+    name: str
+    calibration: Path | None
+    seen: dict[str, list[str]]  # kind of step -> hashes of the rows that training saw
+    made_from: dict[str, Any]
+    forecast: preflight.Forecast
+    gate_rows: gate_rows.GateRows
+    limits: gate_limits.Limits
+    grid: dict[str, Any] | None  # what `grid_of` says of the base
+    checks: bool = True
 
 
-def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> list[Artifact]:
+def compress(
+    base: Path,
+    adapter: Path | Sequence[Source] | None,
+    recipe: Recipe,
+    *,
+    checks: bool = True,
+    keep_work: bool = False,
+) -> list[Artifact]:
     """Merge `adapter` into `base` and write every asked format; returns the artefacts, the merged model first.
 
     `adapter` is one folder, or several with their shares: W + sum of share * (what each makes of W - W).
+    Without `checks` nothing is proven of what is made: for a copy that is compared byte by byte with a checked one.
+    With `keep_work` what the steps hand to each other stays in `.work` for a next call.
     Raises UsageError for wrong inputs before anything is written, EnvironmentFault where a package,
-    a tool or disk space is missing. An artefact that fails the gate goes to `.rejected/` and the others are made all
-    the same; GateError then names what was rejected at the end, with the others under `details["made"]`.
+    a tool, memory or disk space is missing. An artefact that fails the gate goes to `.rejected/` and the others are
+    made all the same; GateError then names what was rejected at the end, with the others under `details["made"]`.
     """
+    ready = replace(prepare(base, adapter, recipe), checks=checks)
+    if ready.grid and (said := grid.warning(ready.grid, ready.specs)):
+        console.note(f"  {said}")
+    preflight.refuse(ready.forecast, recipe.out)
+    with resume.only_run(recipe.out):
+        made, rejected = _make_all(ready)
+        if not keep_work:
+            resume.forget_all(recipe.out / ".work")
+    if rejected:
+        raise _rejected(rejected, made, recipe.out)
+    return made
+
+
+def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> Prepared:
+    """Check what was asked for, hash the inputs, and predict memory, disk and time. Writes nothing."""
     specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
     adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
     planned = plan(base, adapters)
@@ -80,20 +101,8 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
         console.note(f"  the head was tied to the embedding and is now {planned.tied}")
     seen = seen_by_adapters(adapters)
     calibration = recipe.calibration.resolve() if recipe.calibration else None
-    if calibration:
-        rows = load_rows(calibration)
-        if not recipe.allow_seen_rows:
-            # Rows the adapter was trained on may calibrate; rows kept for a later purpose must not have been seen.
-            refuse_seen(
-                rows,
-                {k: v for k, v in seen.items() if k not in ("train", "calibrate")},
-                "calibrate",
-                calibration,
-            )
+    _refuse_rows(recipe, calibration, seen)
     merge_base.refuse(recipe.merge_base, base, adapters, recipe.eval, [spec.format for spec in specs])
-    if recipe.merge_base == "auto" and recipe.eval and not recipe.allow_seen_rows:
-        kinds = {k: v for k, v in seen.items() if k != "select"}
-        refuse_seen(load_rows(recipe.eval), kinds, "choose the merge base", recipe.eval)
     for spec in specs:
         module = formats.module_of(spec.format)
         if calibration is None and (why := formats.needs_rows(spec)):
@@ -103,38 +112,54 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
     chosen = gate_rows.GateRows([], None, "the gate was skipped")
     limits = gate_limits.load(recipe.gate)
     if specs and not recipe.no_gate:
-        gate.need_engines(
-            [formats.module_of(spec.format).ENGINE for spec in specs if formats.gated(spec.format)]
-        )
+        gate.need_engines([formats.module_of(s.format).ENGINE for s in specs if formats.gated(s.format)])
         chosen = gate_rows.choose(recipe.eval, calibration, seen, recipe.allow_seen_rows)
         if not chosen.rows:
             console.note(f"  task score and adapter-gain retention are not measured: {chosen.why_none}")
-    if (coarse := grid.grid_of(base)) and (said := grid.warning(coarse, specs)):
-        console.note(f"  {said}")
-    need_disk(recipe.out, int(tree_bytes(base) * (1.2 + 0.8 * len(specs))))
-
-    work = recipe.out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
+    with console.step("hashing the inputs"):
+        made_from = provenance.inputs_of(base, adapters)
     name = recipe.name or default_name(base, adapters)
-    merged = _merged(base, adapters, recipe, name, seen, work)
-    calibration = gate_rows.calibration_file(chosen, calibration, work / "gate")
-    held = (
-        None if recipe.no_gate else _gate(base if adapters else None, recipe, chosen, limits, coarse, merged)
-    )
+    forecast = preflight.forecast(planned, specs, recipe, made_from)
+    return Prepared(
+        base, adapters, recipe, specs, name, calibration, seen, made_from, forecast, chosen, limits, grid.grid_of(base)
+    )  # fmt: skip
+
+
+def _refuse_rows(recipe: Recipe, calibration: Path | None, seen: dict[str, list[str]]) -> None:
+    """Refuse rows that an earlier step of another kind has seen."""
+    if recipe.allow_seen_rows:
+        return
+    if calibration:
+        # Rows the adapter was trained on may calibrate; rows kept for a later purpose must not have been seen.
+        kinds = {k: v for k, v in seen.items() if k not in ("train", "calibrate")}
+        refuse_seen(load_rows(calibration), kinds, "calibrate", calibration)
+    if recipe.merge_base == "auto" and recipe.eval:
+        kinds = {k: v for k, v in seen.items() if k != "select"}
+        refuse_seen(load_rows(recipe.eval), kinds, "choose the merge base", recipe.eval)
+
+
+def _make_all(ready: Prepared) -> tuple[list[Artifact], list[GateError]]:
+    """The merged model and every format, one after the other; (what was made, why others were rejected)."""
+    out = ready.recipe.out
+    work = out / ".work"
+    provenance.remember_places(work, ready.base, ready.adapters, ready.recipe)
+    merged = _merged(ready, work)
+    held = None if ready.recipe.no_gate or not ready.checks else _gate(ready, merged)
+    calibration = gate_rows.calibration_file(ready.gate_rows, ready.calibration, work / "gate")
     made, rejected = [merged], []
-    done: list[formats.Spec] = []
-    for spec in specs:
+    done: list[Spec] = []
+    for spec in ready.specs:
         job = Job(
             spec=spec,
-            merged=recipe.out / "merged",
-            out=recipe.out / spec.id,
+            merged=out / "merged",
+            out=out / spec.id,
             work=work,
             log=work / f"{spec.id}.log",
-            model_name=name,
+            model_name=ready.name,
             calibration=calibration,
-            threads=recipe.threads,
-            base=base,
-            adapters=tuple(adapters),
+            threads=ready.recipe.threads,
+            base=ready.base,
+            adapters=tuple(ready.adapters),
         )
         module = formats.module_of(spec.format)
         for each in [*(module.needs(job) if hasattr(module, "needs") else []), job]:
@@ -142,33 +167,27 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
                 continue
             done.append(each.spec)
             try:
-                made.append(_artifact(each, merged, held))
+                made.append(_artifact(each, merged, ready, held))
             except GateError as error:
                 console.note(f"  {error.message}")
                 rejected.append(error)
-    for leftover in work.glob("source-*"):
-        leftover.unlink()
-    shutil.rmtree(work / "moments", ignore_errors=True)
-    if rejected:
-        raise _rejected(rejected, made, recipe.out)
-    return made
+    return made, rejected
 
 
-def _gate(
-    base: Path | None, recipe: Recipe, chosen: gate_rows.GateRows, limits: gate_limits.Limits, coarse: Any, merged: Artifact
-) -> gate.Gate:  # fmt: skip
+def _gate(ready: Prepared, merged: Artifact) -> gate.Gate:
     """What this run's artefacts are held to."""
+    base = ready.base if ready.adapters else None
     return gate.Gate(
-        merged=recipe.out / "merged",
+        merged=ready.recipe.out / "merged",
         merged_sha256=merged.sha256,
         base=base,
         base_sha256=gate.model_sha256(base) if base else "",
-        rows=chosen,
-        limits=limits,
-        grid=coarse,
-        work=recipe.out / ".work" / "gate",
-        threads=recipe.threads,
-        task_rows=recipe.eval_limit,
+        rows=ready.gate_rows,
+        limits=ready.limits,
+        grid=ready.grid,
+        work=ready.recipe.out / ".work" / "gate",
+        threads=ready.recipe.threads,
+        task_rows=ready.recipe.eval_limit,
     )
 
 
@@ -200,44 +219,9 @@ def seen_by_adapters(adapters: Sequence[Source]) -> dict[str, list[str]]:
     return seen
 
 
-def load_artifact(folder: Path, verify: bool = False) -> Artifact:
-    """Read a folder's `artifact.json`; with `verify` every file's size and hash is compared.
-
-    Raises UsageError naming the file that is missing or changed.
-    """
-    artifact = Artifact.load(folder / MANIFEST)
-    for name, entry in artifact.files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            raise UsageError(
-                f"{file} is not as {MANIFEST} says: missing or of another size.",
-                "edgeft compress … (makes it again)",
-            )
-        if verify and sha256_file(file) != entry["sha256"]:
-            raise UsageError(
-                f"{file} was changed: its hash is not the one in {MANIFEST}.",
-                "edgeft compress … (makes it again)",
-            )
-    return artifact
-
-
-def _merged(
-    base: Path, adapters: Sequence[Source], recipe: Recipe, name: str, seen: dict[str, list[str]], work: Path
-) -> Artifact:
+def _merged(ready: Prepared, work: Path) -> Artifact:
     """`dist/merged`: the adapters added to their base."""
-    made_from: dict[str, Any] = {
-        "base": {**origin_without_files(base), "weights_sha256": weights_sha256(base)}
-    }
-    if adapters:
-        made_from["adapters"] = [
-            {
-                "name": folder.resolve().name,
-                "share": share,
-                "weights_sha256": weights_sha256(folder),
-                "config_sha256": sha256_file(folder / "adapter_config.json"),
-            }
-            for folder, share in adapters
-        ]
+    base, adapters, recipe, seen = ready.base, ready.adapters, ready.recipe, ready.seen
     settings = {"merge": "float32, rounded once"}
     if recipe.merge_base != "16bit":
         settings["merge_base"] = recipe.merge_base
@@ -250,32 +234,35 @@ def _merged(
                 console.note(
                     f"  {folder.name} was trained beside 4-bit weights ({why}); --merge-base auto measures which base suits it"
                 )
-    taken = {"merge_base": recipe.merge_base}
+    taken: dict[str, str] = {}
 
     def build(out: Path) -> dict[str, Any]:
-        spent = merge_base.build(base, adapters, out, recipe.merge_base, recipe.eval, work, recipe.threads)
-        taken["merge_base"] = spent["merge_base"]
-        return spent
+        return merge_base.build(base, adapters, out, recipe.merge_base, recipe.eval, work, recipe.threads)
 
     def inspect(out: Path, spent: dict[str, Any]) -> dict[str, Any]:
+        taken["merge_base"] = spent["merge_base"]
         tensor_bytes = tree_bytes_of(out, "*.safetensors")
         return {**spent, "tensor_bytes": tensor_bytes, "fallback_share": None}
 
     blank = Artifact(
-        id="merged", format="safetensors", variant="merged", engine="transformers", model_name=name, created_at="",
-        made_from=made_from, recipe=settings, recipe_sha256="", versions=versions_of(("torch", "safetensors")), files={},
+        id="merged", format="safetensors", variant="merged", engine="transformers", model_name=ready.name, created_at="",
+        made_from=ready.made_from, recipe=settings, recipe_sha256="",
+        versions=provenance.installed(("torch", "safetensors")), files={},
         size_bytes=0, parameters=0, bits_per_weight=0.0, tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
+        asked=provenance.asked_of(recipe, ready.made_from, "merged", ready.name),
     )  # fmt: skip
 
     def check(out: Path) -> dict[str, Any]:
-        return _prove(base, adapters, out, recipe, work, taken["merge_base"]) if adapters else {}
+        if not adapters or not ready.checks:
+            return {}
+        return _prove(base, adapters, out, recipe, work, taken["merge_base"])
 
     title = "merging the adapter" if adapters else "copying the base"
-    return _make(blank, recipe.out / "merged", build, inspect, title, check)
+    return make(blank, recipe.out / "merged", build, inspect, title, check, ready.forecast)
 
 
 def _prove(
-    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path, merge_base: str
+    base: Path, adapters: Sequence[Source], merged: Path, recipe: Recipe, work: Path, taken_base: str
 ) -> dict[str, Any]:
     """That the merged model is base + live adapter; where this box can't say so, that the proof is owed."""
     parameters = sum(weight_parameters(file) for file in base.glob("*.safetensors"))
@@ -291,13 +278,14 @@ def _prove(
         merged=str(merged),
         rows_file=str(recipe.calibration) if recipe.calibration else None,
         threads=recipe.threads,
-        merge_base=merge_base,
+        merge_base=taken_base,
     )
     cost = {key: found.pop(key) for key in child.COST}
     held = proof.judge(found, str(recipe.out / REJECTED / "merged"))
     if held["status"] != "held":
         console.note(f"  the proof {held['status']}")
-    return {"proof": {**held, "cost": cost}}
+    rows = spread(load_rows(recipe.calibration), proof.PROMPTS) if recipe.calibration else []
+    return {"proof": {**held, "rows": [row_hash(row) for row in rows], "cost": cost}}
 
 
 def weight_parameters(file: Path) -> int:
@@ -305,7 +293,7 @@ def weight_parameters(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for entry in header_of(file).values())
 
 
-def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
+def _artifact(job: Job, merged: Artifact, ready: Prepared, held: gate.Gate | None) -> Artifact:
     """One format's folder."""
     module = formats.module_of(job.spec.format)
     of_base = getattr(module, "OF_BASE", False)
@@ -322,8 +310,9 @@ def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
     blank = Artifact(
         id=job.spec.id, format=job.spec.format, variant=job.variant, engine=module.ENGINE, model_name=job.model_name, created_at="",
         made_from=made_from, recipe=settings, recipe_sha256="",
-        versions=versions_of(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
+        versions=provenance.installed(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
         tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
+        asked=provenance.asked_of(ready.recipe, ready.made_from, str(job.spec), job.model_name),
     )  # fmt: skip
 
     def build(out: Path) -> dict[str, Any]:
@@ -338,7 +327,7 @@ def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
             return {gate.NAME: {"status": "skipped"}}
         return {gate.NAME: gate.check(gated, out, job.spec.id, module.ENGINE, job.variant)}
 
-    artifact = _make(blank, job.out, build, inspect, f"making {job.spec}", check)
+    artifact = make(blank, job.out, build, inspect, f"making {job.spec}", check, ready.forecast)
     if gated and artifact.checks.get(gate.NAME, {}).get("key") != gated.key(job.variant):
         try:  # it stood there already, checked against something else or not at all
             artifact = gate.again(gated, job.out, artifact)
@@ -354,79 +343,6 @@ def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
     return artifact
 
 
-def _make(
-    blank: Artifact,
-    target: Path,
-    build: Callable[[Path], dict[str, Any]],
-    inspect: Callable[[Path, dict[str, Any]], dict[str, Any]],
-    title: str,
-    check: Callable[[Path], dict[str, Any]] = lambda _: {},
-) -> Artifact:
-    """Build `target` under a temporary name, look at what was made, write its manifest, rename; or keep what stands there."""
-    key = sha256_json(
-        [blank.format, blank.variant, blank.model_name, blank.made_from, blank.recipe, blank.versions]
-    )
-    if (target / MANIFEST).is_file():
-        try:
-            standing = load_artifact(target, verify=True)
-        except UsageError:
-            standing = None
-        if standing and standing.recipe_sha256 == key:
-            console.note(f"  {blank.id}: kept, made from the same inputs before")
-            return standing
-    with console.step(title) as say, staged_folder(target) as staging:
-        spent = build(staging)
-        facts = inspect(staging, spent)
-        say("checking it")
-        try:
-            checks = check(staging)
-        except GateError as error:
-            reject(staging, target, error)
-            raise
-        parameters = blank.parameters or int(facts["parameters"])
-        files = list_files(staging)
-        artifact = replace(
-            blank,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            recipe_sha256=key,
-            files=files,
-            size_bytes=sum(f["bytes"] for f in files.values()),
-            parameters=parameters,
-            bits_per_weight=8 * facts["tensor_bytes"] / parameters,
-            tensor_types=facts["tensor_types"],
-            fallback_share=facts["fallback_share"],
-            cost={"wall_s": spent["wall_s"], "peak_rss_bytes": spent["peak_rss_bytes"]},
-            checks={**spent.get("checks", {}), **checks},
-        )
-        artifact.save(staging / MANIFEST)
-    return artifact
-
-
-def reject(staging: Path, target: Path, error: GateError) -> None:
-    """Keep what failed its check where nobody takes it for an artefact, with the reason beside it."""
-    place = target.parent / REJECTED / target.name
-    (staging / MANIFEST).unlink(missing_ok=True)
-    write_json(staging / "reasons.json", {"seen": error.message, "next": error.hint, **error.details})
-    replace_folder(staging, place)
-    staging.mkdir()  # the caller removes it
-
-
-def origin_without_files(base: Path) -> dict[str, Any]:
-    """Where the base came from, without the list of its files."""
-    return {k: v for k, v in origin_of(base).items() if k != "files"}
-
-
 def tree_bytes_of(folder: Path, pattern: str) -> int:
     """Bytes of the tensors in a folder's safetensors, headers left out."""
     return sum(max(e["data_offsets"][1] for e in header_of(f).values()) for f in folder.glob(pattern))
-
-
-def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions of packages; those absent are left out."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -18,6 +18,8 @@ def write(out: Path, sums: dict[str, Any], counts: dict[str, int], facts: dict[s
     import numpy as np
     from gguf import GGUFWriter
 
+    from edgeft.files import publish
+
     partial = out.with_suffix(".part")
     writer = GGUFWriter(partial, "imatrix")
     writer.add_type("imatrix")
@@ -32,7 +34,7 @@ def write(out: Path, sums: dict[str, Any], counts: dict[str, int], facts: dict[s
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.replace(out)
+    publish(partial, out)
 
 
 def made_of(path: Path) -> str | None:

@@ -23,7 +23,7 @@ from edgeft.files import read_json, write_json
 from edgeft.pull import ORIGIN, check_model_folder, safetensors_header
 
 SKIPPED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.safetensors.index.json", ".*", ORIGIN,
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.safetensors.index.json", ".*", ORIGIN, "README.md",
 )  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",

@@ -18,10 +18,10 @@ from edgeft import console
 from edgeft.compress import formats, gate, gate_limits
 from edgeft.compress import gate_quality as quality
 from edgeft.compress.adapter import header_of
-from edgeft.compress.artifacts import MANIFEST, load_artifact
 from edgeft.compress.gate_limits import FAIL, NOT_RUN, PASS, bits_of, of_width
 from edgeft.compress.gate_reading import Line
 from edgeft.compress.gate_reference import OWN, reference
+from edgeft.compress.make import MANIFEST, load_artifact
 from edgeft.engines import engine as engine_module
 from edgeft.engines.local import default_threads
 from edgeft.errors import EdgeftError, EnvironmentFault, UsageError

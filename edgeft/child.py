@@ -16,6 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,18 @@ COST = ("wall_s", "peak_rss_bytes", "peak_anon_bytes")
 # training step took 3.7 s alone and 12.5 s beside one busy process; with this 4.6 s and 6 to 7 s. Engines, which are
 # measured on a quiet box, keep the default: a short spin costs them up to a fifth of their tokens.
 SHORT_SPIN = {"GOMP_SPINCOUNT": "30000"}
+# On Linux a child is killed when its parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG = 1): a `kill -9` must not
+# leave tools behind that write on. Set in the child itself before it becomes the command, since forking with a Python
+# callback is not safe beside threads.
+LEASH = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(137)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+_steps: ContextVar[tuple[list[dict[str, Any]], Path | None] | None] = ContextVar("steps", default=None)
 
 
 def call(
@@ -40,7 +55,9 @@ def call(
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
         spec, answer = Path(scratch, "spec.json"), Path(scratch, "answer.json")
         spec.write_text(json.dumps({"function": function, "arguments": arguments, "answer": str(answer)}))
-        spent = run([sys.executable, "-m", "edgeft.child", str(spec)], log=log, env=env, check=False)
+        spent = run(
+            [sys.executable, "-m", "edgeft.child", str(spec)], log=log, title=title, env=env, check=False
+        )
         if answer.exists():
             value = json.loads(answer.read_text())
             if "error" in value:
@@ -62,7 +79,7 @@ def run(
     with log.open("ab") as out:
         started = time.monotonic()
         process = subprocess.Popen(
-            command,
+            leashed(command),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -79,12 +96,42 @@ def run(
             peak_bytes = peak.stop()
     if check and code != 0:
         raise failed(title, code, log)
-    return {
-        "exit_code": code,
+    spent = {
         "wall_s": time.monotonic() - started,
         "peak_rss_bytes": peak_bytes,
         "peak_anon_bytes": peak.largest_anon_bytes,
     }
+    if recording := _steps.get():
+        _record(*recording, {"name": title, **spent})
+    return {"exit_code": code, **spent}
+
+
+def leashed(command: list[str]) -> list[str]:
+    """The command so that it ends with this process; as it is where the system is not Linux."""
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", LEASH, str(os.getpid()), *command]
+
+
+@contextmanager
+def recorded(ledger: Path | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Collect what the children cost that end in the block: `name` (their title) and the keys of COST, in order.
+
+    Each is also added to the file `ledger`, one JSON line, as soon as it ends: a kill afterwards does not lose it.
+    """
+    steps: list[dict[str, Any]] = []
+    token = _steps.set((steps, ledger))
+    try:
+        yield steps
+    finally:
+        _steps.reset(token)
+
+
+def _record(steps: list[dict[str, Any]], ledger: Path | None, step: dict[str, Any]) -> None:
+    steps.append(step)
+    if ledger:
+        with ledger.open("a") as file:
+            file.write(json.dumps(step) + "\n")
 
 
 def failed(title: str, code: int, log: Path) -> EnvironmentFault:

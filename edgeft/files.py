@@ -1,12 +1,15 @@
 """Files written whole or not at all, and hashed.
 
 A reader never sees a half-written artefact: everything is made under a temporary name beside its
-place, flushed to disk, and renamed.
+place, flushed to disk, and renamed. What a killed process leaves under temporary names is found by
+`sweep`: a lock that the kernel lets go of when its holder ends tells the leftovers from work under way.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -85,37 +88,124 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} is not valid JSON: {error}.", f"python3 -m json.tool {path}") from None
 
 
+def publish(partial: Path, target: Path) -> None:
+    """Give a finished file its name, flushed to disk first."""
+    flush(partial)
+    partial.replace(target)
+    flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Have a file's contents, or a folder's names, on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def staged_folder(target: Path, staging_root: Path | None = None) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` if the block ends well, and vanishes if it does not."""
+    """Yield an empty folder that becomes `target` if the block ends well, and vanishes if it does not.
+
+    What a killed run left beside `target` is swept first.
+    """
     root = staging_root or target.parent
     with disk_errors(target):
         root.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=root, prefix=f".{target.name}.part-"))
-    staging.chmod(0o755)
+        sweep(target, root)
+        staging, lock = _fresh_folder(root, target.name)
     try:
         with disk_errors(target):
             yield staging
             for path in staging.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
+                if path.is_file() or path.is_dir():
+                    flush(path)
+            flush(staging)
             replace_folder(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        unlock(lock)
 
 
 def replace_folder(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`, moving an old `target` out of the way first."""
+    """Rename `staging` to `target`, moving an old `target` out of the way first.
+
+    A kill between the two renames leaves the old folder under its other name; `sweep` puts it back.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = None
+    old, lock = None, None
     if target.exists():
         old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        lock = try_lock(target)  # stays with the folder when it is renamed
         target.rename(old)
-    staging.rename(target)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        staging.rename(target)
+        flush(target.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old is not None and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        unlock(lock)
+
+
+def sweep(target: Path, root: Path | None = None) -> None:
+    """Undo what killed runs left beside `target` (half-made folders in `root`): half-made folders go, and an old
+    `target` that was moved out of the way comes back where nothing took its place. Work under way is left alone."""
+    name = glob.escape(target.name)
+    moved = sorted(target.parent.glob(f".{name}.old-*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    half_made = (root or target.parent).glob(f".{name}.part-*")
+    for left in [*moved, *half_made]:
+        lock = try_lock(left)
+        if lock is None:
+            continue
+        if ".old-" in left.name and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        unlock(lock)
+    for left in (root or target.parent).glob(f".{name}.new-*"):
+        try:
+            left.rmdir()  # made and not locked yet: its owner makes another
+        except OSError:
+            continue
+
+
+def _fresh_folder(root: Path, name: str) -> tuple[Path, int | None]:
+    """A new empty folder under a temporary name, locked before `sweep` could take it for a leftover."""
+    while True:
+        fresh = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}.new-"))
+        try:
+            fresh.chmod(0o755)
+            lock = try_lock(fresh)
+            staging = fresh.with_name(f".{name}.part-{fresh.name.rpartition('-')[2]}")
+            fresh.rename(staging)
+        except FileNotFoundError:
+            continue
+        return staging, lock
+
+
+def try_lock(path: Path) -> int | None:
+    """Lock a file or folder for this process and return the handle to `unlock`; None where another process holds it
+    or the file system knows no locks. The kernel lets go of it when the process ends, however it ends."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def unlock(handle: int | None) -> None:
+    """Let go of what `try_lock` gave."""
+    if handle is not None:
+        os.close(handle)
 
 
 @contextmanager

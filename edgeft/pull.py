@@ -107,6 +107,11 @@ def origin_of(folder: Path) -> dict[str, Any]:
     """Where a model folder came from, as `pull` recorded it, else what can be said of it."""
     if (folder / ORIGIN).is_file():
         return read_json(folder / ORIGIN)
+    # The hub's cache: models--OWNER--NAME/snapshots/REVISION.
+    repository, _, place = folder.parts[-3:] if len(folder.parts) > 2 else ("", "", "")
+    if repository.startswith("models--") and folder.parent.name == "snapshots":
+        name = "/".join(repository.removeprefix("models--").split("--", 1))
+        return {"kind": "hub", "name": name, "revision": place}
     return {"kind": "folder", "name": folder.resolve().name}
 
 

@@ -66,8 +66,19 @@ class Artifact(Stored):
     tensor_types: dict[str, dict[str, int]]  # type -> {tensors, parameters}
     fallback_share: float | None  # share of the parameters whose width the asked type can't hold
     seen_rows: dict[str, list[str]]  # kind of step -> hashes of the rows it saw
-    cost: dict[str, float]  # wall_s and peak_rss_bytes of making it
+    cost: dict[
+        str, Any
+    ]  # wall_s and peak_rss_bytes of making it; predicted: what the pre-flight said of them
     checks: dict[str, Any] = field(default_factory=dict)  # what was proven of it before it got its name
+    asked: dict[str, Any] = field(
+        default_factory=dict
+    )  # the words that make it again; inputs by name and hash
+    steps: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # name, wall_s, peaks, predicted, kept from a run before
+    made_on: dict[str, Any] = field(
+        default_factory=dict
+    )  # cpu, cores, python, packages, both llama.cpp builds
 
     @property
     def sha256(self) -> str:

@@ -23,6 +23,7 @@ def main() -> None:
         wheel = next(Path(scratch).glob("edgeft-*.whl"))
         names = zipfile.ZipFile(wheel).namelist()
         assert any(n.startswith("edgeft/profiles/boxes/") for n in names), "the profiles are not in the wheel"
+        assert "edgeft/compress/recipes/edge-cpu.yaml" in names, "the recipes are not in the wheel"
         assert not any(n.split("/")[0] in ("bench", "compress", "router", "serve") for n in names), (
             "a generic name leaks"
         )

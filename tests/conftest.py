@@ -91,6 +91,27 @@ def tiny_adapters(tiny_models, tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+DIST_FORMATS = ("gguf:f16", "gguf:q4_k_m", "onnx:int8")
+
+
+@pytest.fixture(scope="session")
+def tiny_dist(tiny_models, tiny_adapters, tmp_path_factory) -> Path:
+    """A folder with base/ (a tiny Llama), adapter/, rows.jsonl, and dist/ with what `compress` makes of them."""
+    import shutil
+
+    from edgeft.compress import Recipe, compress
+
+    home = tmp_path_factory.mktemp("tiny-dist")
+    shutil.copytree(tiny_models["llama"], home / "base")
+    shutil.copytree(tiny_adapters["llama"], home / "adapter")
+    (home / "base" / "README.md").write_text("# the base's own card\n")
+    rows = home / "rows.jsonl"
+    rows.write_text("\n".join((DESK / "calibrate.jsonl").read_text().splitlines()[:6]))
+    recipe = Recipe(out=home / "dist", formats=DIST_FORMATS, calibration=rows, name="tiny", threads=1)
+    compress(home / "base", home / "adapter", recipe)
+    return home
+
+
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
     """Twenty rows of the desk's report part."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress.artifacts import TUNE_MANIFEST, origin_without_files, versions_of
+from edgeft.compress.artifacts import TUNE_MANIFEST, origin_without_files
 from edgeft.errors import missing_extra
 from edgeft.files import list_files, read_json, sha256_file, sha256_json, staged_folder, write_json
 from edgeft.pull import check_model_folder, weights_sha256
@@ -44,7 +44,7 @@ def tune(base: Path, data: Path, out: Path, **changed: Any) -> dict[str, Any]:
     check_model_folder(base)
     rows = load_rows(data)
     recipe = {**DEFAULTS, **changed}
-    versions = versions_of(("torch", "transformers", "peft"))
+    versions = installed(("torch", "transformers", "peft"))
     made_from = {
         "base": {**origin_without_files(base), "weights_sha256": weights_sha256(base)},
         "data_sha256": sha256_file(data),

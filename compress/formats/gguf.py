@@ -74,11 +74,17 @@ def refuse(spec: Any, base: Path, plan: Any) -> None:
 
 def settings(job: Any) -> dict[str, Any]:
     """What decides the result besides the merged model. Raises UsageError for options that the variant can't have."""
+    from edgeft.compress.card import front_matter_sha256
     from edgeft.files import sha256_file
 
     found: dict[str, Any] = {
-        "converter": f"llama-cpp-python {installed_version()}", "model_name": job.model_name, **job.options
-    }  # fmt: skip
+        "converter": f"llama-cpp-python {installed_version()}",
+        "model_name": job.model_name,
+        "card_sha256": front_matter_sha256(
+            job.merged
+        ),  # upstream's converter reads it into the file's metadata
+        **job.options,
+    }
     if how := autoround.settings(job.options):
         return {**found, **how, "calibration_sha256": sha256_file(job.calibration)}
     if job.variant in CONVERTED:
@@ -216,34 +222,39 @@ def unquantized(job: Any) -> tuple[Path, dict[str, float]]:
     The artefact of that precision where it stands already; else made in `work` and kept for the next job.
     """
     from edgeft.compress.adapter import header_of
+    from edgeft.compress.card import front_matter_sha256
+    from edgeft.files import publish, sha256_json
     from edgeft.types import Artifact
 
     merged_sha256 = Artifact.load(job.merged / "artifact.json").sha256
+    card_sha256 = front_matter_sha256(job.merged)
 
     kinds = {
         entry["dtype"] for file in job.merged.glob("*.safetensors") for entry in header_of(file).values()
     }
     kind = "f32" if "F32" in kinds else "bf16" if "BF16" in kinds else "f16"
-    if standing := _standing(job.merged.parent / f"gguf-{kind}", merged_sha256, job.model_name):
+    made_of = (merged_sha256, card_sha256, job.model_name)
+    if standing := _standing(job.merged.parent / f"gguf-{kind}", made_of):
         return standing, {}
-    source = job.work / f"source-{kind}-{merged_sha256[:16]}.gguf"
+    source = job.work / f"source-{kind}-{sha256_json(made_of)[:16]}.gguf"
     if source.exists():
         return source, {}
     partial = source.with_suffix(".part")
     spent = convert(job.merged, partial, kind, job.model_name, job.log)
-    partial.replace(source)
+    publish(partial, source)
     return source, spent
 
 
-def _standing(folder: Path, merged_sha256: str, model_name: str) -> Path | None:
-    """The file of a GGUF artefact that was made of this merged model and is whole."""
+def _standing(folder: Path, made_of: tuple[str, str | None, str]) -> Path | None:
+    """The file of a GGUF artefact that was made of this (merged model, card, name) and is whole."""
     from edgeft.files import sha256_file
     from edgeft.types import Artifact
 
     if not (folder / "artifact.json").is_file():
         return None
     artifact = Artifact.load(folder / "artifact.json")
-    if (artifact.made_from.get("merged_sha256"), artifact.model_name) != (merged_sha256, model_name):
+    merged_sha256, card_sha256 = artifact.made_from.get("merged_sha256"), artifact.recipe.get("card_sha256")
+    if (merged_sha256, card_sha256, artifact.model_name) != made_of:
         return None
     name, entry = next(iter(artifact.files.items()))
     file = folder / name

@@ -19,6 +19,7 @@ COMMANDS = {
     "tune": "Train a LoRA adapter on rows.",
     "compress": "Merge an adapter into its base and quantize.",
     "verify": "Check finished artefacts again.",
+    "rebuild": "Make an artefact again and compare it bit by bit.",
     "bench": "Measure artefacts on this box.",
     "profiles": "List, show and detect hardware profiles.",
     "route": "Fit and use a routing policy.",

@@ -1,11 +1,16 @@
 """`edgeft compress`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgeft import console
-from edgeft.cli import options
+from edgeft.cli import options, recipes
+from edgeft.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeft.compress import Recipe
 
 
 @click.command("compress")
@@ -61,8 +66,12 @@ from edgeft.cli import options
     show_default=True,
     help="What a QLoRA adapter is merged into; auto measures on the rows of --eval.",
 )
+@click.option("--dry-run", is_flag=True, help="Print what it would take in memory, disk and time, and stop.")
+@recipes.option
 @options
+@click.pass_context
 def command(
+    ctx: click.Context,
     base: str,
     adapters: tuple[str, ...],
     formats: tuple[str, ...],
@@ -76,6 +85,7 @@ def command(
     limits: Path | None,
     no_gate: bool,
     merge_base: str,
+    dry_run: bool,
 ) -> None:
     """Merge an adapter into its base and quantize.
 
@@ -103,9 +113,14 @@ def command(
         no_gate=no_gate,
         merge_base=merge_base,
     )
-    rejected = None
+    sources, rejected = [share_of(word) for word in adapters], None
     try:
-        artifacts = compress(pull(base), [share_of(word) for word in adapters], recipe)
+        if dry_run:
+            _foresee(pull(base), sources, recipe)
+            return
+        artifacts = compress(pull(base), sources, recipe)
+    except UsageError as error:
+        raise recipes.naming_its_line(ctx, error) from None
     except GateError as error:
         if "made" not in error.details:
             raise
@@ -128,6 +143,20 @@ def command(
     )
     if rejected:
         raise rejected
+
+
+def _foresee(base: Path, sources: list[tuple[Path, float]], recipe: "Recipe") -> None:
+    """Print the pre-flight's table; raises EnvironmentFault where the work would not fit."""
+    from edgeft.compress import preflight, prepare
+
+    seen = prepare(base, sources, recipe).forecast
+    console.result(seen.to_dict())
+    console.table(["artefact", "step", "peak MB", "about s", "disk MB", ""], preflight.rows_of(seen))
+    console.note(
+        f"  needs {seen.need_disk_bytes / 1e9:.2f} GB of disk, {seen.free_disk_bytes / 1e9:.2f} GB are free; "
+        f"{seen.free_ram_bytes / 1e9:.2f} GB of memory are free"
+    )
+    preflight.refuse(seen, recipe.out)
 
 
 def share_of(word: str) -> tuple[Path, float]:

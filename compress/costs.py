@@ -1,0 +1,283 @@
+"""What each step costs in memory, time and bytes, from a model's shapes.
+
+The coefficients were read off measured runs of three models: SmolLM2-135M (float16, tied), a random Llama of 0.38B
+(bfloat16, untied) and a tiny one (float32, tied), on two AMD EPYC (Zen 3) cores. Memory follows shapes; time is a
+cautious guess, scaled by what `probe` measures of this box.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeft.compress import proof
+from edgeft.compress.adapter import ends_of
+from edgeft.compress.formats import Spec
+from edgeft.compress.merge import BYTES, Plan
+
+MERGE, PROOF = "merging", "proving the merge"
+CONVERT, IMATRIX, QUANTIZE = "llama.cpp's converter", "what the layers see", "llama_model_quantize"
+ROUNDING = "rounding with error feedback"
+BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
+BYTES_A_TOKEN, TEMPLATE_TOKENS, MAX_ROWS, MAX_TOKENS = 4.0, 12, 512, 1024
+TOKENIZER_BYTES, VOCABULARY_BYTES = (
+    5_000_000,
+    2_000_000,
+)  # beside the tensors: in files of their own; inside a GGUF
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A merged model's sizes, from headers alone."""
+
+    parameters: int
+    stored_bytes: int  # of the tensors
+    width: int  # bytes of a parameter in the largest weight's type
+    type: str  # that type, as safetensors calls it
+    table: int  # parameters of the input embedding
+    tied: bool  # the head is the embedding
+    largest: int  # parameters of the largest weight
+    largest_changed: int  # of the largest one that the adapters change
+    vocabulary: int
+    narrow: int  # parameters outside the ends in rows that are no multiple of 256
+    narrow_ends: bool  # whether embedding and head are such
+    has_adapter: bool
+    tokens: int  # of the calibration rows, as the importance matrix reads them
+    longest_tokens: int  # of the longest row
+    proof_tokens: int  # that the proof reads
+
+    @property
+    def ends(self) -> int:
+        """Parameters of embedding and head."""
+        return self.table if self.tied else 2 * self.table
+
+
+@dataclass(frozen=True)
+class Box:
+    """What was just measured of this box."""
+
+    gflops: float  # float32 matrix product
+    write_gb_per_s: float  # to OUT's disk, flushed
+
+
+@dataclass(frozen=True)
+class Step:
+    """A predicted step: `name` is the title it runs under."""
+
+    artifact: str  # the folder's name
+    asked: str  # what it is called on the command line
+    name: str
+    wall_s: float
+    peak_rss_bytes: int
+    peak_anon_bytes: int
+    may_be_owed: bool = False
+
+    @property
+    def need_bytes(self) -> int:
+        """What must be free: pages that mirror a file can be given back."""
+        return self.peak_anon_bytes
+
+    def figures(self) -> dict[str, Any]:
+        """What stands beside the seen figures."""
+        return {
+            "wall_s": round(self.wall_s, 1),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_anon_bytes": self.peak_anon_bytes,
+        }
+
+
+# Bytes: step -> (anonymous memory, pages that mirror files), each a sum of coefficient x quantity (see `quantities`).
+MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    MERGE: ({"one": 1.6e8, "merge": 1.0}, {"one": 0.86e8, "stored": 0.8}),
+    PROOF: ({"one": 5.8e8, "parameters": 5.5, "proof_logits": 12.0}, {"one": 1.6e8, "stored": 0.75}),
+    CONVERT: ({"one": 3.2e8, "convert": 1.0}, {"one": 1.25e8}),
+    IMATRIX: ({"one": 4.1e8, "parameters": 4.0, "logits": 8.0}, {"one": 0.8e8, "stored": 0.6}),
+    QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
+    "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
+    "onnx:int4": ({"one": 4.3e8, "parameters": 5.32}, {"one": 1.35e8, "stored": 1.0}),
+    "onnx:fp32": ({"one": 4.3e8, "parameters": 1.4}, {"one": 1.35e8, "stored": 1.0}),
+    EMBEDDING: (
+        {"one": 0.2e8, "parameters": 1.36, "table": 3.5, "untied_table": 14.0},
+        {"one": 0.26e8},
+    ),
+    GPTQ: ({"one": 4.0e8, "parameters": 4.9, "logits": 32.0}, {"one": 2.15e8, "stored": 0.4}),
+}
+# Seconds: `one` to start, the rest where a matrix product runs at REFERENCE_GFLOPS.
+SECONDS: dict[str, dict[str, float]] = {
+    MERGE: {"one": 2.5, "stored": 1.2e-8},
+    PROOF: {"one": 12.0, "parameters": 8e-8},
+    CONVERT: {"one": 8.0, "parameters": 1.5e-8},
+    IMATRIX: {"one": 10.0, "work": 8e-11},
+    QUANTIZE: {"one": 1.0, "parameters": 1.5e-7},
+    "onnx:int8": {"one": 9.0, "parameters": 1e-7},
+    "onnx:int4": {"one": 9.0, "parameters": 1e-7},
+    "onnx:fp32": {"one": 9.0, "parameters": 5e-8},
+    EMBEDDING: {"one": 0.5, "parameters": 2e-8},
+    GPTQ: {"one": 15.0, "parameters": 8e-7},
+}
+REFERENCE_GFLOPS = 50.0
+
+# Bits a parameter of a GGUF type as llama.cpp mixes them on a Llama, and what rows no multiple of 256 fall back to.
+GGUF_BITS = {
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.69, "q5_k_s": 5.54, "q5_1": 6.0, "q5_0": 5.5,
+    "q4_k_m": 4.85, "q4_k_s": 4.58, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5, "iq4_xs": 4.3, "q3_k_l": 4.2, "q3_k_m": 3.9,
+    "q3_k_s": 3.5, "q2_k": 2.9, "q2_k_s": 2.75, "iq3_s": 3.5, "iq3_xxs": 3.2, "iq2_m": 2.8, "iq2_s": 2.6, "iq2_xs": 2.4,
+    "iq2_xxs": 2.2, "iq1_m": 1.9, "iq1_s": 1.7,
+}  # fmt: skip
+GGUF_NARROW_BITS = {"q6": 8.5, "q5": 6.2, "q4": 5.7, "q3": 4.8, "q2": 4.6, "iq": 4.5}
+
+
+def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
+    """The sizes of what a plan will write, and of the calibration rows."""
+    outputs = {o.name: o for listed in planned.files.values() for o in listed}
+    counts = {name: math.prod(o.shape) for name, o in outputs.items()}
+    embedding, head = ends_of(dict.fromkeys(outputs))
+    largest = max(counts, key=counts.__getitem__)
+    changed = [counts[name] for name, o in outputs.items() if o.parts]
+    inner = [o for name, o in outputs.items() if name not in (embedding, head) and len(o.shape) > 1]
+    ends = [outputs[name] for name in (embedding, head) if name in outputs]
+    lengths = row_tokens(rows)
+    prompts = sorted(lengths)[len(lengths) // 2 :][: proof.PROMPTS] or [20] * len(proof.TEXTS)
+    return Shape(
+        parameters=sum(counts.values()),
+        stored_bytes=sum(o.size_bytes for o in outputs.values()),
+        width=BYTES[outputs[largest].dtype],
+        type=outputs[largest].dtype,
+        table=counts.get(str(embedding), 0),
+        tied=head not in outputs,
+        largest=counts[largest],
+        largest_changed=max(changed, default=0),
+        vocabulary=outputs[embedding].shape[0] if embedding in outputs else 0,
+        narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
+        narrow_ends=any(o.shape[-1] % 256 for o in ends),
+        has_adapter=has_adapter,
+        tokens=sum(lengths[:MAX_ROWS]),
+        longest_tokens=max(lengths, default=0),
+        proof_tokens=sum(min(n, proof.MAX_TOKENS) for n in prompts),
+    )
+
+
+def row_tokens(rows: Path | None) -> list[int]:
+    """About how many tokens each calibration row has: four bytes of text each, and the template's own."""
+    from edgeft.rows import load_rows
+
+    found = []
+    for row in load_rows(rows) if rows else []:
+        text = sum(len(str(m.get("content") or "").encode()) for m in row["messages"])
+        found.append(min(int(text / BYTES_A_TOKEN) + TEMPLATE_TOKENS, MAX_TOKENS))
+    return found
+
+
+def quantities(shape: Shape) -> dict[str, float]:
+    """What the coefficients multiply: counts of parameters or logits, or bytes."""
+    f32_copy = 0 if shape.type == "F32" else 4  # bytes a parameter of a float32 copy
+    # The converter takes bfloat16 apart in float32 through torch; numpy knows float16.
+    convert = {"F32": 4.0, "F16": 2.0}.get(shape.type, 5.2)
+    return {
+        "one": 1.0,
+        "parameters": shape.parameters,
+        "stored": shape.stored_bytes,
+        "table": shape.table,
+        "tied_table": shape.table if shape.tied else 0,
+        "untied_table": 0 if shape.tied else shape.table,
+        "merge": max(4.6 * shape.largest, 18.0 * shape.largest_changed),  # the sum in float32, and its copies
+        "convert": convert * shape.largest,
+        "quantize": (shape.width + f32_copy) * shape.largest,
+        "logits": shape.longest_tokens * shape.vocabulary,
+        "proof_logits": shape.proof_tokens * shape.vocabulary,
+        "work": shape.parameters * shape.tokens,
+    }
+
+
+def step(spec_id: str, asked: str, name: str, shape: Shape, box: Box) -> Step:
+    """The prediction of one step; `name` may carry the variant, as `onnx:int8`, where the title is the builder's."""
+    known = quantities(shape)
+    anon, mirrored = (int(sum(c * known[q] for q, c in part.items())) for part in MEMORY[name])
+    # Starting Python and its packages is not what the matrix product measures: that part is left as it is.
+    fixed = SECONDS[name]["one"]
+    grows = sum(c * known[q] for q, c in SECONDS[name].items() if q != "one")
+    seconds = fixed + grows * REFERENCE_GFLOPS / box.gflops
+    written = shape.stored_bytes / 1e9 / box.write_gb_per_s if name in (MERGE, CONVERT) else 0.0
+    title = BUILDER if name.startswith("onnx:") else name
+    return Step(spec_id, asked, title, seconds + written, anon + mirrored, anon, may_be_owed=name == PROOF)
+
+
+def merge_steps(shape: Shape, box: Box) -> list[Step]:
+    """Merging, and its proof where there is an adapter."""
+    names = [MERGE, PROOF] if shape.has_adapter else [MERGE]
+    return [step("merged", "merging", name, shape, box) for name in names]
+
+
+def format_steps(spec: Spec, shape: Shape, box: Box) -> list[Step]:
+    """A format's steps in order; none where nothing is known of the format."""
+    return [step(spec.id, str(spec), name, shape, box) for name in _names(spec, shape)]
+
+
+def _names(spec: Spec, shape: Shape) -> list[str]:
+    if spec.format == "gguf":
+        quantize = [*([IMATRIX] if shape.tokens else []), QUANTIZE]
+        return [CONVERT] if spec.variant in CONVERTED else [CONVERT, *quantize]
+    if spec.format == "onnx":
+        known = f"onnx:{spec.variant}" if f"onnx:{spec.variant}" in MEMORY else "onnx:fp32"
+        return [known, *([EMBEDDING] if spec.variant == "int8" else [])]
+    return [GPTQ] if spec.format == "gptq" else []
+
+
+def artifact_bytes(spec: Spec, shape: Shape) -> int:
+    """About how large a format's files will be."""
+    inner = shape.parameters - shape.ends
+    if spec.format == "gguf":
+        bits = GGUF_BITS.get(spec.variant, 8.5)
+        narrow_bits = bits if bits >= 8 else GGUF_NARROW_BITS.get(spec.variant[:2], bits)
+        head_bits = bits if bits >= 6 else (8.5 if shape.narrow_ends else 6.56)
+        total = (inner - shape.narrow) * bits + shape.narrow * max(bits, narrow_bits)
+        total += shape.table * head_bits + (0 if shape.tied else shape.table * bits)
+    elif spec.format == "onnx":
+        bits = {"int8": 9.1, "int4": 5.1, "fp32": 32.1, "fp16": 16.1}.get(spec.variant, 32.1)
+        embedding = 32 if spec.variant == "int4" and not shape.tied else bits
+        total = (shape.parameters - shape.table) * bits + shape.table * embedding
+    elif spec.format == "gptq":
+        total = inner * (int(spec.variant) + 0.4) + shape.ends * 8 * shape.width
+    else:
+        total = 8 * shape.stored_bytes
+    return int(total / 8) + (VOCABULARY_BYTES if spec.format == "gguf" else TOKENIZER_BYTES)
+
+
+def scratch_bytes(spec: Spec, shape: Shape) -> int:
+    """What lies in OUT/.work while a format is made: the unquantized GGUF."""
+    quantized = spec.format == "gguf" and spec.variant not in CONVERTED
+    return shape.stored_bytes if quantized else 0
+
+
+def probe(folder: Path) -> Box:
+    """Time a small matrix product and a small flushed file on the disk of a folder: well under a second in all."""
+    import numpy as np
+
+    values = np.ones((768, 768), dtype=np.float32)
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        values @ values
+        taken.append(time.perf_counter() - started)
+    return Box(gflops=2 * 768**3 / min(taken) / 1e9, write_gb_per_s=_write_gb_per_s(folder))
+
+
+def _write_gb_per_s(folder: Path, size_bytes: int = 8 << 20) -> float:
+    import os
+
+    while not folder.is_dir():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            file.write(bytes(size_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+            return size_bytes / 1e9 / (time.perf_counter() - started)
+    except OSError:  # not allowed here: the run itself will say so
+        return 0.1
