@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress.artifacts import TUNE_MANIFEST, origin_without_files
+from edgeft.compress.artifacts import TUNE_MANIFEST
+from edgeft.compress.provenance import installed, origin_without_files
 from edgeft.errors import missing_extra
 from edgeft.files import list_files, read_json, sha256_file, sha256_json, staged_folder, write_json
 from edgeft.pull import check_model_folder, weights_sha256
