@@ -312,7 +312,7 @@ def _artifact(job: Job, merged: Artifact, ready: Prepared, held: gate.Gate | Non
         made_from=made_from, recipe=settings, recipe_sha256="",
         versions=provenance.installed(module.PACKAGES), files={}, size_bytes=0, parameters=merged.parameters, bits_per_weight=0.0,
         tensor_types={}, fallback_share=None, seen_rows=seen, cost={},
-        asked=provenance.asked_of(ready.recipe, ready.made_from, str(job.spec), job.model_name),
+        asked=provenance.asked_of(ready.recipe, ready.made_from, job.spec.words, job.model_name),
     )  # fmt: skip
 
     def build(out: Path) -> dict[str, Any]:

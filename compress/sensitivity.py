@@ -9,19 +9,20 @@ by the importance matrix. It is an estimate to choose by, never a figure to repo
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgeft.compress.moments import GENERAL_SHARE, MAX_TOKENS, general_texts
 
 TEXTS = 48  # of rows; as many draws of y
+WIDE = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+NARROW = ("iq4_nl", "q5_0", "q5_1", "q8_0")  # where rows are no multiple of 256
 HELD_BYTES = 3 << 30  # of δ at once; larger models take more passes
 
 
-def score(
-    merged: str, rows_file: str, source: str, imatrix: str, types: list[str], threads: int
-) -> dict[str, Any]:
-    """Tensor name -> type -> estimated KL in nats a position. Runs in a child process.
+def score(merged: str, rows_file: str, source: str, imatrix: str, threads: int) -> dict[str, Any]:
+    """Tensor name -> type -> estimated KL in nats a position, under `kl_nats`. Runs in a child process.
 
     Positions are those of the rows as chats after what all share, and of general text, weighed as in `moments.py`.
     Tensors that transformers stores otherwise than GGUF (not even with rows in another order) are left out.
@@ -47,9 +48,9 @@ def score(
     found: dict[str, dict[str, float]] = {}
     weighed = importance.read(Path(imatrix))
     pairs = parameters_of(model, source)
-    groups = list(_groups(pairs, types))
+    groups = list(_groups(pairs))
     for number, group in enumerate(groups, 1):
-        changes = {n: _changes(pairs[n], types, weighed.get(n)) for n in group}
+        changes = {n: _changes(pairs[n], weighed.get(n)) for n in group}
         for name in group:
             pairs[name][0].requires_grad_(True)
         sums = {name: dict.fromkeys(changes[name], 0.0) for name in group}
@@ -125,12 +126,12 @@ def row_order(rows: Any, wanted: Any) -> Any | None:
     return order if np.array_equal(rows[order], wanted) else None
 
 
-def _groups(pairs: dict[str, tuple[Any, Any, Any]], types: list[str]) -> Any:
+def _groups(pairs: dict[str, tuple[Any, Any, Any]]) -> Iterator[list[str]]:
     """Tensors in groups whose changes (float16, a type each) together stay within HELD_BYTES."""
     group: list[str] = []
     held = 0
     for name, (parameter, _, _) in pairs.items():
-        size = (2 * len(types) + 4) * parameter.numel()
+        size = (2 * len(WIDE) + 4) * parameter.numel()
         if group and held + size > HELD_BYTES:
             yield group
             group, held = [], 0
@@ -140,20 +141,24 @@ def _groups(pairs: dict[str, tuple[Any, Any, Any]], types: list[str]) -> Any:
         yield group
 
 
-def _changes(pair: tuple[Any, Any, Any], types: list[str], weighed: Any) -> dict[str, Any]:
-    """Type -> what rounding to it adds to the parameter, float16 [rows, columns]; types whose blocks do not fit are left out."""
+def types_for(columns: int) -> list[str]:
+    """The types that rows of so many columns may have."""
+    from edgeft.compress import blocks
+
+    listed = WIDE if columns % 256 == 0 else NARROW
+    return [kind for kind in listed if columns % blocks.LAYOUTS[kind].values == 0]
+
+
+def _changes(pair: tuple[Any, Any, Any], weighed: Any) -> dict[str, Any]:
+    """Type -> what rounding to it adds to the parameter, float16 [rows, columns]."""
     import torch
     from gguf import GGMLQuantizationType, dequantize
 
-    from edgeft.compress import blocks
-
     _, order, weight = pair
     found = {}
-    for kind in types:
-        if weight.shape[1] % blocks.LAYOUTS[kind].values == 0:
-            data = quantized_rows(kind, weight, weighed)
-            made = dequantize(data, GGMLQuantizationType[kind.upper()])
-            found[kind] = (torch.from_numpy(made - weight)[order]).half()
+    for kind in types_for(weight.shape[1]):
+        made = dequantize(quantized_rows(kind, weight, weighed), GGMLQuantizationType[kind.upper()])
+        found[kind] = torch.from_numpy(made - weight)[order].half()
     return found
 
 

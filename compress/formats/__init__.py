@@ -56,6 +56,12 @@ class Spec:
     def __str__(self) -> str:
         return f"{self.format}:{self.variant}" + "".join(f",{k}={v}" for k, v in sorted(self.options.items()))
 
+    @property
+    def words(self) -> str:
+        """What `parse` reads back, whole; `str` shortens what is long."""
+        texts = ((k, getattr(v, "text", v)) for k, v in sorted(self.options.items()))
+        return f"{self.format}:{self.variant}" + "".join(f",{k}={v}" for k, v in texts)
+
 
 @dataclass(frozen=True)
 class Job:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import autoround, blocks
+from edgeft.compress import autoround
 from edgeft.compress.converter import convert, installed_version
 from edgeft.compress.formats import gguf_split, one_of
+from edgeft.compress.formats.gguf_types import TENSOR_CLASSES, TENSOR_TYPES, patterns, read_types
 from edgeft.errors import EnvironmentFault, UsageError
-from edgeft.files import read_json, sha256_json
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 # llama.cpp refuses these without an importance matrix.
@@ -26,35 +26,9 @@ QUANTIZED = (
     "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
-TENSOR_TYPES = ("f32", "f16", "bf16", *blocks.LAYOUTS)
-# What llama.cpp calls the tensors of a layer, and the two ends.
-TENSOR_CLASSES = (
-    "token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
-    "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
-)  # fmt: skip
-
-
-class TensorTypes(dict[str, str]):
-    """Tensor name -> type; written as a short hash where it is part of a name."""
-
-    def __str__(self) -> str:
-        return sha256_json(self)[:8]
-
-
-def read_types(text: str) -> TensorTypes:
-    """A JSON file of tensor name -> type. Raises UsageError where it is none, ValueError where the file is absent."""
-    if not Path(text).is_file():
-        raise ValueError(text)
-    found = read_json(Path(text))
-    for name, kind in found.items() if isinstance(found, dict) else [("the file", found)]:
-        if kind not in TENSOR_TYPES:
-            raise UsageError(f"{text}: {name} is to be {kind!r}, which is no type.", ", ".join(TENSOR_TYPES))
-    return TensorTypes(sorted(found.items()))
-
-
 OPTIONS: dict[str, Any] = {
     "rounding": one_of("nearest", "feedback"),
-    "types": (read_types, "a JSON file of tensor name -> type"),
+    "types": (read_types, "a JSON file of tensor name -> type, or name:type;name:type…"),
     **dict.fromkeys(TENSOR_CLASSES, one_of(*TENSOR_TYPES)),
     "split_max_size": gguf_split.OPTION,
     **autoround.OPTIONS,
@@ -95,8 +69,8 @@ def settings(job: Any) -> dict[str, Any]:
             )
         return found
     rounding = rounding_of(job)
-    if types := tensor_types(job.options):
-        found["tensor_types"] = dict(types)
+    if types := patterns(job.options):
+        found["tensor_types"] = types
     if job.calibration is None:
         return {**found, "imatrix": None, "rounding": rounding}
     return {
@@ -113,13 +87,6 @@ def rounding_of(job: Any) -> str:
     if asked == "feedback" and job.calibration is None:
         raise UsageError(f"{job.spec} needs rows for its error feedback.", "--calibration rows.jsonl")
     return asked or ("feedback" if job.calibration else "nearest")
-
-
-def tensor_types(options: dict[str, Any]) -> list[tuple[str, str]]:
-    """(regular expression over tensor names, type), the first that fits decides, as llama.cpp reads them."""
-    single = [(rf"^{name.replace('.', '[.]')}$", kind) for name, kind in options.get("types", {}).items()]
-    classes = [(rf"(^|[.]){name}[.]weight$", options[name]) for name in TENSOR_CLASSES if name in options]
-    return [*single, *classes]
 
 
 def build(job: Any) -> dict[str, float]:
@@ -165,7 +132,7 @@ def _build(job: Any) -> dict[str, float]:
             variant=job.variant,
             threads=job.threads,
             imatrix=str(imatrix) if imatrix else None,
-            types=tensor_types(job.options),
+            types=patterns(job.options),
         )
     )
     if moments:

@@ -66,6 +66,16 @@ if TYPE_CHECKING:
     show_default=True,
     help="What a QLoRA adapter is merged into; auto measures on the rows of --eval.",
 )
+@click.option(
+    "--fit", "size", metavar="SIZE", help="The least loss within SIZE (100MB, 1.2GiB): docs/fit.md."
+)
+@click.option(
+    "--min-retention", type=click.FloatRange(0, 1), help="With --fit: adapter-gain retention at least."
+)
+@click.option("--min-tps", type=click.FloatRange(0), help="With --fit: decode tok/s of one stream at least.")
+@click.option(
+    "--profile", help="With --fit: the box whose tok/s is meant, predicted (this box, measured, if left out)."
+)
 @click.option("--dry-run", is_flag=True, help="Print what it would take in memory, disk and time, and stop.")
 @recipes.option
 @options
@@ -85,6 +95,10 @@ def command(
     limits: Path | None,
     no_gate: bool,
     merge_base: str,
+    size: str | None,
+    min_retention: float | None,
+    min_tps: float | None,
+    profile: str | None,
     dry_run: bool,
 ) -> None:
     """Merge an adapter into its base and quantize.
@@ -115,6 +129,13 @@ def command(
     )
     sources, rejected = [share_of(word) for word in adapters], None
     try:
+        if size:
+            from edgeft.cli.fit import run
+
+            run(pull(base), sources, recipe, size, min_retention, min_tps, profile)
+            return
+        if min_retention is not None or min_tps is not None or profile:
+            raise UsageError("--min-retention, --min-tps and --profile go with --fit.", "--fit 100MB")
         if dry_run:
             _foresee(pull(base), sources, recipe)
             return
