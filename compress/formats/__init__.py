@@ -103,6 +103,8 @@ def needs_rows(spec: Spec) -> str | None:
     """What calibration rows are needed for; None where they are not."""
     if spec.options.get("method") == "auto-round":
         return "rows, which auto-round fits its scales on"
+    if spec.options.get("rounding") == "feedback":
+        return "rows for its error feedback"
     needed: str | None = module_of(spec.format).NEEDS_ROWS.get(spec.variant)
     return needed
 

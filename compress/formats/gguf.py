@@ -44,10 +44,16 @@ FALLBACK_WARNING_SHARE = 0.05
 def refuse(spec: Any, base: Path, plan: Any) -> None:
     """Raise what is wrong with the options."""
     autoround.refuse(spec)
+    refused = set(spec.options) & {"rounding", "types", *TENSOR_CLASSES}
+    if spec.variant in CONVERTED and refused:
+        raise UsageError(
+            f"gguf:{spec.variant} is written by the converter, which has no {sorted(refused)[0]}.",
+            "--to gguf:q4_k_m,… (any quantized type)",
+        )
 
 
 def settings(job: Any) -> dict[str, Any]:
-    """What decides the result besides the merged model. Raises UsageError for options that the variant can't have."""
+    """What decides the result besides the merged model."""
     from edgeft.compress.card import front_matter_sha256
     from edgeft.files import sha256_file
 
@@ -62,11 +68,6 @@ def settings(job: Any) -> dict[str, Any]:
     if how := autoround.settings(job.options):
         return {**found, **how, "calibration_sha256": sha256_file(job.calibration)}
     if job.variant in CONVERTED:
-        if refused := set(job.options) & {"rounding", "types", *TENSOR_CLASSES}:
-            raise UsageError(
-                f"gguf:{job.variant} is written by the converter, which has no {sorted(refused)[0]}.",
-                "--to gguf:q4_k_m,… (any quantized type)",
-            )
         return found
     rounding = rounding_of(job)
     if types := patterns(job.options):
@@ -82,11 +83,8 @@ def settings(job: Any) -> dict[str, Any]:
 
 
 def rounding_of(job: Any) -> str:
-    """nearest, or feedback where there are rows. Raises UsageError where feedback is asked for without."""
-    asked = job.options.get("rounding")
-    if asked == "feedback" and job.calibration is None:
-        raise UsageError(f"{job.spec} needs rows for its error feedback.", "--calibration rows.jsonl")
-    return asked or ("feedback" if job.calibration else "nearest")
+    """nearest or feedback: as asked, else feedback where there are rows."""
+    return job.options.get("rounding") or ("feedback" if job.calibration else "nearest")
 
 
 def build(job: Any) -> dict[str, float]:
