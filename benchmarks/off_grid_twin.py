@@ -58,8 +58,6 @@ def main() -> None:
     def factors(n: int) -> torch.Tensor:
         return torch.exp((torch.rand(n, generator=g, dtype=torch.float64) - 0.5) * 0.5)  # 0.78 to 1.28
 
-        (torch.rand(n, generator=g, dtype=torch.float64) - 0.5) * 0.5
-    )  # 0.78 to 1.28
     if a.kind == "rotate":
         E = torch.linalg.qr(torch.randn(D, D, generator=g, dtype=torch.float64))[0][
             :d

@@ -121,7 +121,12 @@ def made(work: Path, base: Path, adapter: Path, rows: Path, options: argparse.Na
     run("compress", *common, *calibrated, *asked, "--out", ours)
     found = {"f16": plain / "gguf-f16"}
     for v in VARIANTS:
-        found |= {f"{v} plain": plain / f"gguf-{v}", f"{v} imatrix": ours / f"gguf-{v}+rounding=nearest", f"{v} edgeft": ours / f"gguf-{v}"}  # fmt: skip
+        nearest = ours / f"gguf-{v}+rounding=nearest"
+        found |= {
+            f"{v} plain": plain / f"gguf-{v}",
+            f"{v} imatrix": nearest,
+            f"{v} edgeft": ours / f"gguf-{v}",
+        }
     if options.auto_round:
         for iters in (0, 200):
             run(
