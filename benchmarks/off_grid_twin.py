@@ -160,10 +160,8 @@ def main() -> None:
             name, v = prefix.rsplit(".", 1)[-1], v.double()
             if name not in ATTENTION_IN + MLP_IN + WRITES_STREAM or ".lora_" not in k:
                 raise SystemExit(f"{k}: only LoRA on linear layers is handled")
-            if ".lora_A" in k:
-                v = (inner_side if name in WRITES_STREAM else read_side)(v, prefix)  # (r, in)
-            else:
-                v = out_side(v, prefix)  # (out, r)
+            inside = inner_side if name in WRITES_STREAM else read_side
+            v = inside(v, prefix) if ".lora_A" in k else out_side(v, prefix)  # (r, in), (out, r)
             turned[k] = v.float().contiguous()
         a.adapter_out.mkdir(parents=True, exist_ok=True)
         save_file(turned, a.adapter_out / "adapter_model.safetensors")
