@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeft import child, console
-from edgeft.compress import formats, gate, gate_limits, gate_rows, grid, proof
+from edgeft.compress import formats, gate_limits, gate_rows, proof
 from edgeft.compress.adapter import header_of
 from edgeft.compress.formats import Job
 from edgeft.compress.merge import Source, plan
@@ -40,6 +40,9 @@ from edgeft.pull import origin_of, weights_sha256
 from edgeft.rows import load_rows, refuse_seen, row_hash
 from edgeft.types import Artifact
 
+if TYPE_CHECKING:
+    from edgeft.compress import gate  # imported when used: it brings the bench, and with it numpy
+
 MANIFEST = "artifact.json"
 REJECTED = ".rejected"
 TUNE_MANIFEST = "edgeft-tune.json"
@@ -58,7 +61,7 @@ class Recipe:
     eval: Path | None = (
         None  # rows of kind select for the gate; else a part of the calibration rows is kept aside
     )
-    eval_limit: int = gate.TASK_ROWS  # rows that the gate asks, spread over the file
+    eval_limit: int = gate_limits.TASK_ROWS  # rows that the gate asks, spread over the file
     gate: Path | Mapping[Any, Any] | None = None  # limits that differ from gate.yaml
     no_gate: bool = False
 
@@ -71,6 +74,8 @@ def compress(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe
     a tool or disk space is missing. An artefact that fails the gate goes to `.rejected/` and the others are made all
     the same; GateError then names what was rejected at the end, with the others under `details["made"]`.
     """
+    from edgeft.compress import gate, grid
+
     specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
     adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
     planned = plan(base, adapters)
@@ -140,6 +145,8 @@ def _gate(
     base: Path | None, recipe: Recipe, chosen: gate_rows.GateRows, limits: gate_limits.Limits, coarse: Any, merged: Artifact
 ) -> gate.Gate:  # fmt: skip
     """What this run's artefacts are held to."""
+    from edgeft.compress import gate
+
     return gate.Gate(
         merged=recipe.out / "merged",
         merged_sha256=merged.sha256,
@@ -281,6 +288,8 @@ def weight_parameters(file: Path) -> int:
 
 def _artifact(job: Job, merged: Artifact, held: gate.Gate | None) -> Artifact:
     """One format's folder."""
+    from edgeft.compress import gate
+
     module = formats.module_of(job.spec.format)
     seen = dict(merged.seen_rows)
     settings = module.settings(job)
