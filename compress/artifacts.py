@@ -14,15 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeft import child, console
 from edgeft.compress import (
     formats,
-    gate,
     gate_limits,
     gate_rows,
-    grid,
     merge_base,
     preflight,
     proof,
@@ -39,6 +37,9 @@ from edgeft.files import read_json, sha256_file
 from edgeft.pull import origin_of
 from edgeft.rows import load_rows, refuse_seen, row_hash, spread
 from edgeft.types import Artifact
+
+if TYPE_CHECKING:  # it imports engines, which `edgeft doctor` does without
+    from edgeft.compress.gate import Gate
 
 TUNE_MANIFEST = "edgeft-tune.json"
 
@@ -79,6 +80,8 @@ def compress(
     a tool, memory or disk space is missing. An artefact that fails the gate goes to `.rejected/` and the others are
     made all the same; GateError then names what was rejected at the end, with the others under `details["made"]`.
     """
+    from edgeft.compress import grid
+
     ready = replace(prepare(base, adapter, recipe), checks=checks)
     if ready.grid and (said := grid.warning(ready.grid, ready.specs)):
         console.note(f"  {said}")
@@ -94,6 +97,8 @@ def compress(
 
 def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe) -> Prepared:
     """Check what was asked for, hash the inputs, and predict memory, disk and time. Writes nothing."""
+    from edgeft.compress import gate, grid
+
     specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
     adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
     planned = plan(base, adapters)
@@ -174,8 +179,10 @@ def _make_all(ready: Prepared) -> tuple[list[Artifact], list[GateError]]:
     return made, rejected
 
 
-def _gate(ready: Prepared, merged: Artifact) -> gate.Gate:
+def _gate(ready: Prepared, merged: Artifact) -> Gate:
     """What this run's artefacts are held to."""
+    from edgeft.compress import gate
+
     base = ready.base if ready.adapters else None
     return gate.Gate(
         merged=ready.recipe.out / "merged",
@@ -293,8 +300,10 @@ def weight_parameters(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for entry in header_of(file).values())
 
 
-def _artifact(job: Job, merged: Artifact, ready: Prepared, held: gate.Gate | None) -> Artifact:
+def _artifact(job: Job, merged: Artifact, ready: Prepared, held: Gate | None) -> Artifact:
     """One format's folder."""
+    from edgeft.compress import gate
+
     module = formats.module_of(job.spec.format)
     of_base = getattr(module, "OF_BASE", False)
     seen = {} if of_base else dict(merged.seen_rows)

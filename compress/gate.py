@@ -19,7 +19,7 @@ import httpx
 from edgeft import console
 from edgeft.compress import gate_quality as quality
 from edgeft.compress import gate_reading as reading
-from edgeft.compress.gate_limits import FAIL, NOT_RUN, Limits, bits_of, of_width
+from edgeft.compress.gate_limits import FAIL, NOT_RUN, TASK_ROWS, Limits, bits_of, of_width
 from edgeft.compress.gate_reading import Line, Running
 from edgeft.compress.gate_reference import CORPUS_SHA256, MEASURES, OWN, kept, reference
 from edgeft.compress.gate_rows import GateRows
@@ -32,7 +32,7 @@ from edgeft.rows import Row, row_hash, spread
 from edgeft.types import Artifact
 
 NAME = "gate"
-TASK_ROWS, KLD_ROWS, CONTEXT = 64, 16, 2048
+KLD_ROWS, CONTEXT = 16, 2048
 MERGED_ENGINE = "transformers"
 
 

@@ -12,6 +12,7 @@ from edgeft.errors import UsageError, unknown
 
 DEFAULTS = Path(__file__).parent / "gate.yaml"
 ALL = "all"
+TASK_ROWS = 64  # asked of every artefact
 AT_LEAST = ("same_top1", "same_top1_other", "retention")
 PASS, FAIL, INCONCLUSIVE, NOT_RUN = "PASS", "FAIL", "INCONCLUSIVE", "NOT RUN"
 
