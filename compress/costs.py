@@ -18,13 +18,15 @@ from edgeft.compress import proof
 from edgeft.compress.adapter import ends_of
 from edgeft.compress.formats import Spec
 from edgeft.compress.merge import BYTES, Plan
+from edgeft.compress.moments import MAX_ROWS, MAX_TOKENS, PASS_BYTES
+from edgeft.compress.rounding import BATCH_ROWS
 
 MERGE, PROOF = "merging", "proving the merge"
 CONVERT, IMATRIX, QUANTIZE = "llama.cpp's converter", "what the layers see", "llama_model_quantize"
 ROUNDING = "rounding with error feedback"
 BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
-BYTES_A_TOKEN, TEMPLATE_TOKENS, MAX_ROWS, MAX_TOKENS = 4.0, 12, 512, 1024
+BYTES_A_TOKEN, TEMPLATE_TOKENS = 4.0, 12
 TOKENIZER_BYTES, VOCABULARY_BYTES = (
     5_000_000,
     2_000_000,
@@ -43,6 +45,8 @@ class Shape:
     tied: bool  # the head is the embedding
     largest: int  # parameters of the largest weight
     largest_changed: int  # of the largest one that the adapters change
+    widest: int  # columns of the widest inner weight
+    moment_bytes: int  # second moments of all layers' inputs
     vocabulary: int
     narrow: int  # parameters outside the ends in rows that are no multiple of 256
     narrow_ends: bool  # whether embedding and head are such
@@ -96,8 +100,9 @@ MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     MERGE: ({"one": 1.6e8, "merge": 1.0}, {"one": 0.86e8, "stored": 0.8}),
     PROOF: ({"one": 5.8e8, "parameters": 5.5, "proof_logits": 12.0}, {"one": 1.6e8, "stored": 0.75}),
     CONVERT: ({"one": 3.2e8, "convert": 1.0}, {"one": 1.25e8}),
-    IMATRIX: ({"one": 4.1e8, "parameters": 4.0, "logits": 8.0}, {"one": 0.8e8, "stored": 0.6}),
+    IMATRIX: ({"one": 4.5e8, "parameters": 4.0, "pass": 1.0}, {"one": 0.8e8, "stored": 0.6}),
     QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
+    ROUNDING: ({"one": 3.0e8, "batch": 44.0, "square": 44.0}, {"one": 1.5e8, "stored": 0.2}),
     "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:int4": ({"one": 4.3e8, "parameters": 5.32}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:fp32": ({"one": 4.3e8, "parameters": 1.4}, {"one": 1.35e8, "stored": 1.0}),
@@ -112,7 +117,8 @@ SECONDS: dict[str, dict[str, float]] = {
     MERGE: {"one": 2.5, "stored": 1.2e-8},
     PROOF: {"one": 12.0, "parameters": 8e-8},
     CONVERT: {"one": 8.0, "parameters": 1.5e-8},
-    IMATRIX: {"one": 10.0, "work": 8e-11},
+    IMATRIX: {"one": 12.0, "work": 1.6e-10},
+    ROUNDING: {"one": 5.0, "parameters": 2e-7},
     QUANTIZE: {"one": 1.0, "parameters": 1.5e-7},
     "onnx:int8": {"one": 9.0, "parameters": 1e-7},
     "onnx:int4": {"one": 9.0, "parameters": 1e-7},
@@ -152,6 +158,8 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         tied=head not in outputs,
         largest=counts[largest],
         largest_changed=max(changed, default=0),
+        widest=max((o.shape[-1] for o in inner if len(o.shape) == 2), default=0),
+        moment_bytes=_moment_bytes(inner),
         vocabulary=outputs[embedding].shape[0] if embedding in outputs else 0,
         narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
         narrow_ends=any(o.shape[-1] % 256 for o in ends),
@@ -160,6 +168,16 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         longest_tokens=max(lengths, default=0),
         proof_tokens=sum(min(n, proof.MAX_TOKENS) for n in prompts),
     )
+
+
+def _moment_bytes(inner: list[Any]) -> int:
+    """Of H of every layer's inputs: one a module's parent and width, and the attention's output has its own."""
+    widths = {
+        (o.name.rsplit(".", 2)[0], o.shape[-1], o.name.endswith(("o_proj.weight", "out_proj.weight")))
+        for o in inner
+        if len(o.shape) == 2
+    }
+    return sum(4 * width**2 for _, width, _ in widths)
 
 
 def row_tokens(rows: Path | None) -> list[int]:
@@ -187,6 +205,9 @@ def quantities(shape: Shape) -> dict[str, float]:
         "untied_table": 0 if shape.tied else shape.table,
         "merge": max(4.6 * shape.largest, 18.0 * shape.largest_changed),  # the sum in float32, and its copies
         "convert": convert * shape.largest,
+        "batch": BATCH_ROWS * shape.widest,
+        "square": shape.widest**2,
+        "pass": min(shape.moment_bytes, PASS_BYTES),
         "quantize": (shape.width + f32_copy) * shape.largest,
         "logits": shape.longest_tokens * shape.vocabulary,
         "proof_logits": shape.proof_tokens * shape.vocabulary,
@@ -220,7 +241,8 @@ def format_steps(spec: Spec, shape: Shape, box: Box) -> list[Step]:
 
 def _names(spec: Spec, shape: Shape) -> list[str]:
     if spec.format == "gguf":
-        quantize = [*([IMATRIX] if shape.tokens else []), QUANTIZE]
+        feedback = shape.tokens and spec.options.get("rounding") != "nearest"
+        quantize = [*([IMATRIX] if shape.tokens else []), QUANTIZE, *([ROUNDING] if feedback else [])]
         return [CONVERT] if spec.variant in CONVERTED else [CONVERT, *quantize]
     if spec.format == "onnx":
         known = f"onnx:{spec.variant}" if f"onnx:{spec.variant}" in MEMORY else "onnx:fp32"
@@ -231,7 +253,7 @@ def _names(spec: Spec, shape: Shape) -> list[str]:
 def artifact_bytes(spec: Spec, shape: Shape) -> int:
     """About how large a format's files will be."""
     inner = shape.parameters - shape.ends
-    if spec.format == "gguf":
+    if spec.format in ("gguf", "gguf-base"):
         bits = GGUF_BITS.get(spec.variant, 8.5)
         narrow_bits = bits if bits >= 8 else GGUF_NARROW_BITS.get(spec.variant[:2], bits)
         head_bits = bits if bits >= 6 else (8.5 if shape.narrow_ends else 6.56)
@@ -239,7 +261,7 @@ def artifact_bytes(spec: Spec, shape: Shape) -> int:
         total += shape.table * head_bits + (0 if shape.tied else shape.table * bits)
     elif spec.format == "onnx":
         bits = {"int8": 9.1, "int4": 5.1, "fp32": 32.1, "fp16": 16.1}.get(spec.variant, 32.1)
-        embedding = 32 if spec.variant == "int4" and not shape.tied else bits
+        embedding = 9.1 if spec.variant == "int4" and not shape.tied else bits
         total = (shape.parameters - shape.table) * bits + shape.table * embedding
     elif spec.format == "gptq":
         total = inner * (int(spec.variant) + 0.4) + shape.ends * 8 * shape.width
@@ -249,9 +271,11 @@ def artifact_bytes(spec: Spec, shape: Shape) -> int:
 
 
 def scratch_bytes(spec: Spec, shape: Shape) -> int:
-    """What lies in OUT/.work while a format is made: the unquantized GGUF."""
-    quantized = spec.format == "gguf" and spec.variant not in CONVERTED
-    return shape.stored_bytes if quantized else 0
+    """What lies in OUT/.work while a format is made: the unquantized GGUF, the second moments."""
+    if spec.format != "gguf" or spec.variant in CONVERTED:
+        return 0
+    feedback = shape.tokens and spec.options.get("rounding") != "nearest"
+    return shape.stored_bytes + (shape.moment_bytes if feedback else 0)
 
 
 def probe(folder: Path) -> Box:

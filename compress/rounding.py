@@ -13,6 +13,7 @@ from typing import Any
 
 DAMPING = 0.01  # of H's mean diagonal, added to it
 BLOCK_COLUMNS = 128  # rounded before the rest of the tensor is corrected
+BATCH_ROWS = 4096  # of a tensor at once: rows do not know of each other
 
 
 def recode(target: str, source: str, moments: str, threads: int) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def recode(target: str, source: str, moments: str, threads: int) -> dict[str, An
     expected squared output errors, after over before).
     """
     import torch
-    from gguf import GGUFReader, dequantize
+    from gguf import GGUFReader
 
     from edgeft.compress import blocks
     from edgeft.compress.moments import Moments
@@ -49,9 +50,7 @@ def recode(target: str, source: str, moments: str, threads: int) -> dict[str, An
         leader = second.leaders[tensor.name]
         if leader != prepared[0]:
             prepared = (leader, Feedback(torch.from_numpy(second.of(tensor.name))))
-        origin = weights[tensor.name]
-        weight = torch.tensor(dequantize(origin.data, origin.tensor_type))
-        data, old, new = chosen(kind, tensor.data, weight, prepared[1])
+        data, old, new = _in_batches(kind, tensor.data, weights[tensor.name], prepared[1])
         if new < old:
             tensor.data[...] = data
             before, after = before + old, after + new
@@ -63,6 +62,22 @@ def recode(target: str, source: str, moments: str, threads: int) -> dict[str, An
         "share": changed / parameters,
         "error_ratio": after / before if before else 1.0,
     }
+
+
+def _in_batches(kind: str, data: Any, origin: Any, feedback: Feedback) -> tuple[Any, float, float]:
+    """`chosen` over a whole tensor, some rows at a time; `origin` is the unquantized file's tensor."""
+    import numpy as np
+    import torch
+    from gguf import dequantize
+
+    parts, before, after = [], 0.0, 0.0
+    for start in range(0, len(data), BATCH_ROWS):
+        rows = slice(start, start + BATCH_ROWS)
+        weight = torch.tensor(dequantize(origin.data[rows], origin.tensor_type))
+        packed, old, new = chosen(kind, data[rows], weight, feedback)
+        parts.append(packed)
+        before, after = before + old, after + new
+    return np.concatenate(parts), before, after
 
 
 class Feedback:
