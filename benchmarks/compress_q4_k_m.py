@@ -4,7 +4,7 @@
 
 By hand: peft's merge_and_unload and save_pretrained, llama.cpp's convert_hf_to_gguf.py, llama_model_quantize. Both
 start from the same base and run in turns; wall time and peak memory of the process tree, as ratios. Without ADAPTER a
-random one of rank 16 is made.
+random one of rank 16 is made. The gate is left out, and the proof of the merge is counted apart: by hand neither is done.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgeft.console import output
 from edgeft.pull import pull
 
 RUNS = 3
+FIGURES = ("wall_s", "wall_without_proof_s", "peak_rss_bytes")
 BASE = "smollm2-135m-instruct"
 
 
@@ -66,6 +67,7 @@ def by_hand(base: Path, adapter: Path, out: Path) -> dict[str, float]:
     ]  # fmt: skip
     return {
         "wall_s": sum(s["wall_s"] for s in steps),
+        "wall_without_proof_s": sum(s["wall_s"] for s in steps),
         "peak_rss_bytes": max(s["peak_rss_bytes"] for s in steps),
     }
 
@@ -83,9 +85,14 @@ def ours(base: Path, adapter: Path, out: Path) -> dict[str, float]:
         "--to",
         "gguf:q4_k_m",
     ]
-    return child.run(
-        [*command, "--out", str(out / "dist"), "--quiet"], log=out / "log", title="edgeft compress"
+    spent = child.run(
+        [*command, "--out", str(out / "dist"), "--no-gate", "--quiet"],
+        log=out / "log",
+        title="edgeft compress",
     )
+    steps = json.loads((out / "dist" / "merged" / "artifact.json").read_text())["steps"]
+    proof_s = sum(step["wall_s"] for step in steps if step["name"] == "proving the merge")
+    return {**spent, "proof_s": proof_s, "wall_without_proof_s": spent["wall_s"] - proof_s}
 
 
 def main() -> None:
@@ -107,14 +114,12 @@ def main() -> None:
                 taken[name].append(way(base, adapter, folder))
                 shutil.rmtree(folder)
     middle = {
-        name: {key: statistics.median(run[key] for run in runs) for key in ("wall_s", "peak_rss_bytes")}
+        name: {key: statistics.median(run[key] for run in runs) for key in FIGURES}
         for name, runs in taken.items()
     }
-    ratio = {
-        key: round(middle["edgeft"][key] / middle["by hand"][key], 2) for key in ("wall_s", "peak_rss_bytes")
-    }
+    ratio = {key: round(middle["edgeft"][key] / middle["by hand"][key], 2) for key in FIGURES}
     print(
-        json.dumps({"median": middle, "ratio": ratio, "claim": "edgeft <= 60 s and <= 2 GiB", "runs": RUNS})
+        json.dumps({"median": middle, "ratio": ratio, "claim": "wall_without_proof_s <= 1.15", "runs": RUNS})
     )
 
 

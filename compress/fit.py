@@ -13,14 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.compress import costs, formats, gate, gate_limits, gate_rows, knapsack, resume, sizes
+from edgeft.compress import (
+    costs,
+    formats,
+    gate,
+    gate_limits,
+    gate_rows,
+    knapsack,
+    preflight,
+    resume,
+    sensitivity,
+    sizes,
+)
 from edgeft.compress.artifacts import compress
 from edgeft.compress.formats import Job, Spec, gguf
 from edgeft.compress.formats.gguf_types import TensorTypes
 from edgeft.compress.make import load_artifact
 from edgeft.compress.merge import Source, plan
 from edgeft.compress.recipe import Recipe
-from edgeft.errors import EdgeftError, GateError, UsageError
+from edgeft.errors import EdgeftError, EnvironmentFault, GateError, UsageError
 from edgeft.files import read_json, sha256_file, sha256_json, write_json, write_jsonl
 from edgeft.rows import load_rows, row_hash
 from edgeft.types import Artifact
@@ -151,6 +162,7 @@ def score(base: Path, adapters: Sequence[Source], recipe: Recipe, merged: Artifa
         )[:16]
         kept = work / f"sensitivity-{key}.json"
         if not kept.is_file():
+            _need_memory(merged.parameters)
             found = child.call(
                 "edgeft.compress.sensitivity:score",
                 log=job.log,
@@ -163,6 +175,17 @@ def score(base: Path, adapters: Sequence[Source], recipe: Recipe, merged: Artifa
             )
             write_json(kept, found["kl_nats"])
     return scored_of(dry, read_json(kept))
+
+
+def _need_memory(parameters: int) -> None:
+    """Raise EnvironmentFault where scoring would not fit: weights, gradients and changes of the tensors at once."""
+    changes = min((2 * len(sensitivity.WIDE) + 4) * parameters, sensitivity.HELD_BYTES)
+    needed, free = 8 * parameters + int(1.4 * changes) + 1_000_000_000, preflight.free_ram_bytes()
+    if needed > free:
+        raise EnvironmentFault(
+            f"--fit scores tensors in about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free.",
+            "--to gguf:q4_k_m (needs no scores), or a box with more memory",
+        )
 
 
 def scored_of(dry: Mapping[str, Any], kl_nats: Mapping[str, Mapping[str, float]]) -> Scored:
