@@ -23,7 +23,7 @@ from edgeft.compress.rounding import BATCH_ROWS
 
 MERGE, PROOF = "merging", "proving the merge"
 CONVERT, IMATRIX, QUANTIZE = "llama.cpp's converter", "what the layers see", "llama_model_quantize"
-ROUNDING = "rounding with error feedback"
+ROUNDING, CONVERT_LORA = "rounding with error feedback", "llama.cpp's converter of adapters"
 BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 BYTES_A_TOKEN, TEMPLATE_TOKENS = 4.0, 12
@@ -101,6 +101,7 @@ MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     PROOF: ({"one": 5.8e8, "parameters": 5.5, "proof_logits": 12.0}, {"one": 1.6e8, "stored": 0.75}),
     CONVERT: ({"one": 3.2e8, "convert": 1.0}, {"one": 1.25e8}),
     IMATRIX: ({"one": 4.5e8, "parameters": 4.0, "pass": 1.0}, {"one": 0.8e8, "stored": 0.6}),
+    CONVERT_LORA: ({"one": 4.5e8, "table": 4.0}, {"one": 1.25e8}),
     QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
     ROUNDING: ({"one": 3.0e8, "batch": 44.0, "square": 44.0}, {"one": 1.5e8, "stored": 0.2}),
     "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
@@ -118,6 +119,7 @@ SECONDS: dict[str, dict[str, float]] = {
     PROOF: {"one": 12.0, "parameters": 8e-8},
     CONVERT: {"one": 8.0, "parameters": 1.5e-8},
     IMATRIX: {"one": 12.0, "work": 1.6e-10},
+    CONVERT_LORA: {"one": 8.0, "parameters": 1e-9},
     ROUNDING: {"one": 5.0, "parameters": 2e-7},
     QUANTIZE: {"one": 1.0, "parameters": 1.5e-7},
     "onnx:int8": {"one": 9.0, "parameters": 1e-7},
@@ -240,6 +242,10 @@ def format_steps(spec: Spec, shape: Shape, box: Box) -> list[Step]:
 
 
 def _names(spec: Spec, shape: Shape) -> list[str]:
+    if spec.format == "gguf-base":
+        return [CONVERT] if spec.variant in CONVERTED else [CONVERT, QUANTIZE]
+    if spec.format == "gguf-lora":
+        return [CONVERT_LORA]
     if spec.format == "gguf":
         feedback = shape.tokens and spec.options.get("rounding") != "nearest"
         quantize = [*([IMATRIX] if shape.tokens else []), QUANTIZE, *([ROUNDING] if feedback else [])]
@@ -266,7 +272,7 @@ def artifact_bytes(spec: Spec, shape: Shape) -> int:
     elif spec.format == "gptq":
         total = inner * (int(spec.variant) + 0.4) + shape.ends * 8 * shape.width
     else:
-        total = 8 * shape.stored_bytes
+        total = 0.4 * shape.stored_bytes  # an adapter of rank 16 to 64
     return int(total / 8) + (VOCABULARY_BYTES if spec.format == "gguf" else TOKENIZER_BYTES)
 
 

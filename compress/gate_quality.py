@@ -59,6 +59,11 @@ def kld_lines(found: dict[str, Any], limits: Limits) -> list[Line]:
         figures = fidelity.summarize(found[domain])["all"]
         tail = "" if domain == OWN else "_other"
         n = {"n": figures["rows"], "positions": figures["positions"], "domain": domain}
+        if figures["rows"] < MIN_ROWS:  # the same few rows drawn again and again would look certain
+            n["interval"] = f"over positions: {figures['rows']} rows are fewer than {MIN_ROWS}"
+            for figure, key in (("kld_ci95", "kld"), ("same_top1_ci95", "same_top1")):
+                values = np.concatenate([np.asarray(row, dtype=float) for row in found[domain][key]])
+                figures[figure] = stats.bootstrap_ratio_of_sums(values, np.ones(len(values)))
         lines += [
             {"check": f"kld {domain}", **judge(f"kld{tail}", limits[f"kld{tail}"], figures["kld_mean"], figures["kld_ci95"],
              what="mean KL(merged || artefact), nats", **n)},

@@ -107,7 +107,9 @@ def tiny_dist(tiny_models, tiny_adapters, tmp_path_factory) -> Path:
     (home / "base" / "README.md").write_text("# the base's own card\n")
     rows = home / "rows.jsonl"
     rows.write_text("\n".join((DESK / "calibrate.jsonl").read_text().splitlines()[:6]))
-    recipe = Recipe(out=home / "dist", formats=DIST_FORMATS, calibration=rows, name="tiny", threads=1)
+    recipe = Recipe(
+        out=home / "dist", formats=DIST_FORMATS, calibration=rows, name="tiny", threads=1, no_gate=True
+    )
     compress(home / "base", home / "adapter", recipe)
     return home
 

@@ -244,7 +244,7 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(tiny_dist, tmp_
     import psutil
 
     out, chance = tmp_path / "dist", random.Random(int(os.environ.get("EDGEFT_KILL_SEED", "0")))
-    words = [str(tiny_dist / "base"), "--adapter", str(tiny_dist / "adapter"), "--calibration", str(tiny_dist / "rows.jsonl"),
+    words = [str(tiny_dist / "base"), "--no-gate", "--adapter", str(tiny_dist / "adapter"), "--calibration", str(tiny_dist / "rows.jsonl"),
              "--name", "tiny", "--threads", "1", "--out", str(out), *(w for f in DIST_FORMATS for w in ("--to", f))]  # fmt: skip
     command = [sys.executable, "-m", "edgeft", "compress", *words, "--json"]
     kills = 0

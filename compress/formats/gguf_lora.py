@@ -76,7 +76,7 @@ def needs(job: Any) -> list[Any]:
     """The job of the base's own artefact."""
     spec = Spec("gguf-base", job.options.get("base", DEFAULT_BASE))
     log = job.work / f"{spec.id}.log"
-    return [replace(job, spec=spec, out=job.out.parent / spec.id, log=log, calibration=None)]
+    return [replace(job, spec=spec, out=job.merged.parent / spec.id, log=log, calibration=None)]
 
 
 def settings(job: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ MEASURED = (4, 1)  # the first is the builder's own default on a CPU
 AGREEMENT_MARGIN = 0.01  # of the tokens: what counts as agreeing as well
 SPEED_MARGIN = 0.10  # of the speed: what counts as fast as the default
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 12, 256, 24
-SPEED_TOKENS = 48
+SPEED_TOKENS = 16
 BYTES_PER_PARAMETER, FIXED_BYTES = 4.5, 0.7e9  # of the merged model in float32
 
 
@@ -188,6 +188,8 @@ def greedy(merged: str, rows_file: str | None, threads: int) -> dict[str, Any]:
 def measure(folders: dict[str, str], plan: dict[str, Any], threads: int) -> dict[str, Any]:
     """{"levels": {level: {"agreement", "decode_tok_per_s"}}, "tokens"} of the same graph at several levels.
 
+    The agreement of a level that can't win any more is not asked (None).
+
     Agreement: the share of the merged model's greedy tokens that are the most likely one here, given those before.
     Speed: from the median time of a token over two turns, there and back, so that a box that slows down favours none.
     Runs in a child process.
@@ -198,28 +200,32 @@ def measure(folders: dict[str, str], plan: dict[str, Any], threads: int) -> dict
 
     options = {"threads": threads}
     levels = list(folders)
-    same: dict[str, list[bool]] = {}
     seconds: dict[str, list[float]] = {level: [] for level in levels}
     for level in [*levels, *reversed(levels)]:
-        if level not in same:
-            found = logits(Path(folders[level]), [ids for ids, _ in plan["rows"]], options)
-            same[level] = []
-            for (ids, start), values in zip(plan["rows"], found, strict=True):
-                values[:, plan["ends"]] = -np.inf
-                best = values[start - 1 : len(ids) - 1].argmax(1)
-                same[level] += [int(a) == b for a, b in zip(best, ids[start:], strict=True)]
         seconds[level] += _token_seconds(load(Path(folders[level]), options), plan["rows"][0])
-        print(f"progress: accuracy level {level}")
-    return {
-        "levels": {
-            level: {
-                "agreement": float(np.mean(same[level])),
-                "decode_tok_per_s": 1 / float(np.median(seconds[level])),
-            }
-            for level in levels
-        },
-        "tokens": sum(len(ids) - start for ids, start in plan["rows"]),
-    }
+        print(f"progress: speed of accuracy level {level}")
+    facts: dict[str, dict[str, Any]] = {}
+    for level in levels:
+        speed = 1 / float(np.median(seconds[level]))
+        asked = not facts or can_win(speed, facts[levels[0]])
+        same: list[bool] = []
+        for (ids, start), values in zip(
+            plan["rows"] if asked else [],
+            logits(Path(folders[level]), [ids for ids, _ in plan["rows"]] if asked else [], options),
+            strict=True,
+        ):
+            values[:, plan["ends"]] = -np.inf
+            best = values[start - 1 : len(ids) - 1].argmax(1)
+            same += [int(a) == b for a, b in zip(best, ids[start:], strict=True)]
+        facts[level] = {"agreement": float(np.mean(same)) if asked else None, "decode_tok_per_s": speed}
+        print(f"progress: agreement of accuracy level {level}")
+    return {"levels": facts, "tokens": sum(len(ids) - start for ids, start in plan["rows"])}
+
+
+def can_win(tok_per_s: float, first: dict[str, Any]) -> bool:
+    """Could another level still be taken, whatever it agrees with? `first`: what the first one was measured at."""
+    better = first["agreement"] + AGREEMENT_MARGIN < 1
+    return better or tok_per_s > (1 + SPEED_MARGIN) * first["decode_tok_per_s"]
 
 
 def _token_seconds(model: Any, row: list[Any]) -> list[float]:
@@ -244,10 +250,11 @@ def _token_seconds(model: Any, row: list[Any]) -> list[float]:
     return found
 
 
-def judge(levels: dict[int, dict[str, float]]) -> dict[str, Any]:
+def judge(levels: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The level to take, and why: agreement first, then speed, each with its margin; the builder's default where all are alike."""
-    best = max(facts["agreement"] for facts in levels.values())
-    good = [level for level in levels if levels[level]["agreement"] >= best - AGREEMENT_MARGIN]
+    asked = {level: facts for level, facts in levels.items() if facts["agreement"] is not None}
+    best = max(facts["agreement"] for facts in asked.values())
+    good = [level for level in asked if levels[level]["agreement"] >= best - AGREEMENT_MARGIN]
     order = sorted(good, key=lambda level: MEASURED.index(level))
     chosen = order[0]
     for level in order[1:]:
@@ -256,9 +263,13 @@ def judge(levels: dict[int, dict[str, float]]) -> dict[str, Any]:
     told = "; ".join(
         f"level {level} agrees with {facts['agreement']:.1%} of the merged model's greedy tokens at "
         f"{facts['decode_tok_per_s']:.0f} tok/s"
+        if facts["agreement"] is not None
+        else f"level {level} was not asked, for it is no faster ({facts['decode_tok_per_s']:.0f} tok/s)"
         for level, facts in levels.items()
     )
-    if len(good) < len(levels):
+    if len(asked) == 1:
+        why = told
+    elif len(good) < len(asked):
         why = f"{told}: the others flip more tokens"
     else:
         why = f"{told}: alike within {AGREEMENT_MARGIN:.0%}, so the faster one (within {SPEED_MARGIN:.0%} the default)"
