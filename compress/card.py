@@ -120,21 +120,37 @@ def _measured(artifact: Artifact) -> str:
 
 
 def _figures(checks: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every figure that a check recorded, by its path: the card needs to know no check by name."""
-    found = []
+    """The gate's lines, and every other figure that a check recorded, by its path. Timings are left out.
+
+    They belong to one run: with them the same inputs would not give the same card.
+    """
+    found = [
+        (f"gate, {line['check']}", _gate_line(line)) for line in checks.get("gate", {}).get("checks", [])
+    ]
 
     def walk(value: Any, path: str) -> None:
         if isinstance(value, dict):
             for key, inside in value.items():
-                if key not in ("cost", "thresholds", "rows", "wall_s"):
+                timing = key.endswith(("_s", "_per_s")) or (key == "why" and path.startswith("choices"))
+                if key not in ("cost", "thresholds", "rows") and not timing:
                     walk(inside, f"{path} {key}".strip())
         elif isinstance(value, bool | str):
             found.append((path.replace("_", " "), str(value)))
         elif isinstance(value, int | float):
             found.append((path.replace("_", " "), f"{value:.4g}"))
 
-    walk(checks, "")
+    gate = checks.get("gate", {})
+    walk({**checks, **({"gate": gate.get("status", "not checked")} if gate else {})}, "")
     return [(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in found]
+
+
+def _gate_line(line: dict[str, Any]) -> str:
+    """A check of the gate: figure, interval, limit and verdict, as far as they are there."""
+    if line.get("seen") is None:
+        return f"{line['verdict']}: {line['why']}" if line.get("why") else str(line["verdict"])
+    interval = " ({:.4g} to {:.4g})".format(*line["ci95"]) if line.get("ci95") else ""
+    limit = f", {line.get('rule', 'limit')} {line['limit']:g}" if line.get("limit") is not None else ""
+    return f"{line['seen']:.4g}{interval}{limit}: {line['verdict']}"
 
 
 def _how(artifact: Artifact) -> str:

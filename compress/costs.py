@@ -103,7 +103,7 @@ MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     IMATRIX: ({"one": 4.5e8, "parameters": 4.0, "pass": 1.0}, {"one": 0.8e8, "stored": 0.6}),
     CONVERT_LORA: ({"one": 4.5e8, "table": 4.0}, {"one": 1.25e8}),
     QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
-    ROUNDING: ({"one": 3.0e8, "batch": 44.0, "square": 44.0}, {"one": 1.5e8, "stored": 0.2}),
+    ROUNDING: ({"one": 2.2e8, "batch": 44.0, "square": 44.0}, {"one": 1.3e8, "stored": 0.2}),
     "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:int4": ({"one": 4.3e8, "parameters": 5.32}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:fp32": ({"one": 4.3e8, "parameters": 1.4}, {"one": 1.35e8, "stored": 1.0}),

@@ -382,3 +382,31 @@ def test_the_adapter_that_q4_1_erases_is_rejected(tmp_path):
     assert found["retention"]["artefact"] == 0.0 < 0.4 < found["retention"]["merged"]
     assert found["effect"]["verdict"] == "FAIL" and found["tokens"]["verdict"] == "PASS"
     assert not (out / "gguf-q4_1").exists()
+
+
+def test_few_rows_are_judged_by_their_positions():
+    """One row drawn again and again would look certain: 22 of 23 tokens alike do not break a limit of .97."""
+    from edgeft.compress import gate_quality as quality
+
+    def found(rows, alike, positions):
+        return {
+            "own": {
+                "build": "test",
+                **{
+                    key: [[0.001] * positions] * rows
+                    for key in ("kld", "right_delta", "nll", "nll_reference")
+                },
+                "answer": [[1] * positions] * rows,
+                "same_top1": [[1] * alike + [0] * (positions - alike)] * rows,
+            }
+        }
+
+    limits = {"kld": 0.01, "same_top1": 0.97}
+
+    def verdict(*words):
+        (line,) = (x for x in quality.kld_lines(found(*words), limits) if x["check"] == "same top-1 own")
+        return line["verdict"], "interval" in line
+
+    assert verdict(1, 22, 23) == ("INCONCLUSIVE", True)
+    assert verdict(1, 2, 23) == ("FAIL", True), "what is broken is caught on one row as well"
+    assert verdict(20, 22, 23) == ("FAIL", False)
