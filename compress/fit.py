@@ -120,21 +120,16 @@ def refuse(recipe: Recipe) -> None:
 
 def halved(rows_file: Path, work: Path) -> dict[str, Path]:
     """The eval rows as two files, `choose` and `report`; near-duplicates stay on one side."""
-    from edgeft.tune.rows import near_duplicate_clusters
-
     rows = load_rows(rows_file)
-    clusters = near_duplicate_clusters([str(row["messages"][-2]["content"]) for row in rows])
-    first: dict[int, str] = {}
-    for row, cluster in zip(rows, clusters, strict=True):
-        first[cluster] = min(first.get(cluster, "~"), row_hash(row))
-    ordered = sorted(first, key=lambda c: sha256_json(["fit", first[c]]))
-    to_choose = set(ordered[: (len(ordered) + 1) // 2])
+    names = gate_rows.cluster_names(rows)
+    ordered = sorted(set(names), key=lambda name: sha256_json(["fit", name]))
     if len(ordered) < 2:
         raise UsageError(
             f"{rows_file} is too small to choose on one half and report on the other.", "--eval rows.jsonl"
         )
-    parts = {"choose": [r for r, c in zip(rows, clusters, strict=True) if c in to_choose]}
-    parts["report"] = [r for r, c in zip(rows, clusters, strict=True) if c not in to_choose]
+    to_choose = set(ordered[: (len(ordered) + 1) // 2])
+    parts = {"choose": [r for r, name in zip(rows, names, strict=True) if name in to_choose]}
+    parts["report"] = [r for r, name in zip(rows, names, strict=True) if name not in to_choose]
     files = {}
     for name, part in parts.items():
         files[name] = work / f"{sha256_json([row_hash(r) for r in part])[:16]}" / f"{name}.jsonl"

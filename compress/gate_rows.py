@@ -66,13 +66,18 @@ def choose(
 
 def kept_aside(rows: list[Row]) -> list[Row]:
     """About a quarter of the rows, by hash; near-duplicates stay on one side, and the file's order does not matter."""
+    return [row for row, name in zip(rows, cluster_names(rows), strict=True) if _place(name) < KEPT_ASIDE]
+
+
+def cluster_names(rows: list[Row]) -> list[str]:
+    """For each row the least hash among its near-duplicates: rows of one name belong on one side."""
     from edgeft.tune.rows import near_duplicate_clusters
 
     clusters = near_duplicate_clusters([str(row["messages"][-2]["content"]) for row in rows])
     first: dict[int, str] = {}
     for row, cluster in zip(rows, clusters, strict=True):
         first[cluster] = min(first.get(cluster, "~"), row_hash(row))
-    return [row for row, cluster in zip(rows, clusters, strict=True) if _place(first[cluster]) < KEPT_ASIDE]
+    return [first[cluster] for cluster in clusters]
 
 
 def _place(text: str) -> float:
