@@ -234,7 +234,7 @@ def _may_fit(text: str, base: Path, adapters: Sequence[Source], size_bytes: int)
 
 
 def _ids(asked: Sequence[str]) -> list[str]:
-    return [formats.parse(text).id for text in asked]
+    return [formats.parse(text).id for text in asked if text != "merged"]
 
 
 def built(base: Path, adapters: Sequence[Source], recipe: Recipe) -> list[Artifact]:
