@@ -234,6 +234,10 @@ def timeless(manifest: bytes) -> dict:
     for key in ("created_at", "cost", "steps"):
         value.pop(key)
     value["checks"].get("proof", {}).pop("cost", None)
+    if level := value["checks"].get("choices", {}).get("accuracy_level"):
+        level.pop("why")  # in words, what follows in figures
+        for measured in level["measured"].values():
+            measured.pop("decode_tok_per_s")
     return value
 
 
