@@ -78,6 +78,8 @@ def compress_and_bench() -> None:
         *wanted,
         "--calibration",
         DESK / "calibrate.jsonl",
+        "--eval-limit",
+        "24",
         "--out",
         OUT / "dist",
     )

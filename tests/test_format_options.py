@@ -136,8 +136,9 @@ def test_a_level_that_can_not_win_is_not_asked():
     from edgeft.compress.formats.onnx_accuracy import can_win, judge
 
     known = {"agreement": 0.995, "decode_tok_per_s": 100.0}
-    assert not can_win(50.0, known) and not can_win(109.0, known)
-    assert can_win(120.0, known) and can_win(50.0, {**known, "agreement": 0.98})
+    assert not can_win(50.0, known) and not can_win(109.0, known) and can_win(120.0, known)
+    flips = {**known, "agreement": 0.98}
+    assert can_win(50.0, flips) and not can_win(20.0, flips)
     found = judge({4: known, 1: {"agreement": None, "decode_tok_per_s": 50.0}})
     assert found["chosen"] == 4 and "not asked" in found["why"]
 
@@ -159,22 +160,25 @@ def test_levels_compute_what_their_names_say(make, merged, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("four", "one", "chosen"),
+    ("four", "one", "p_value", "chosen"),
     [
-        ((0.98, 100), (0.985, 100), 4),  # all alike: the builder's default
-        ((0.98, 100), (0.985, 109), 4),  # a little faster is a tie
-        ((0.98, 100), (0.985, 120), 1),  # as good and faster
-        ((0.95, 200), (0.985, 100), 1),  # flips tokens, however fast
-        ((0.985, 100), (0.95, 200), 4),
+        ((0.98, 100), (0.985, 100), 1.0, 4),  # all alike: the builder's default
+        ((0.98, 100), (0.985, 109), 1.0, 4),  # a little faster is a tie
+        ((0.98, 100), (0.985, 120), 1.0, 1),  # as good and faster
+        ((0.95, 200), (0.985, 100), 0.01, 1),  # flips tokens, and the other is not too slow
+        ((0.95, 200), (0.985, 100), 0.2, 4),  # that could be chance
+        ((0.976, 109), (0.993, 4), 0.01, 4),  # better, and unbearably slow
+        ((0.985, 100), (0.95, 200), 0.01, 4),
     ],
 )
-def test_agreement_goes_first_then_speed(four, one, chosen):
+def test_agreement_beyond_chance_goes_first_then_speed(four, one, p_value, chosen):
     from edgeft.compress.formats.onnx_accuracy import judge
 
     levels = {
         level: dict(zip(("agreement", "decode_tok_per_s"), facts, strict=True))
         for level, facts in ((4, four), (1, one))
     }
+    levels[1]["p_value"] = p_value
     assert judge(levels)["chosen"] == chosen == judge(dict(reversed(levels.items())))["chosen"]
 
 
