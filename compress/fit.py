@@ -44,7 +44,7 @@ SPEED_RUNS, SPEED_TOKENS, SPEED_PROMPT_CHARS = 3, 32, 400
 
 @dataclass(frozen=True)
 class Wanted:
-    """What has to hold."""
+    """What has to hold: bytes of all files, adapter-gain retention (a share), decode tok/s of one stream."""
 
     size_bytes: int
     min_retention: float | None = None

@@ -71,7 +71,7 @@ def test_it_reports_on_rows_that_it_did_not_choose_by(fitted):
 
 
 def test_sensitivities_are_kept_and_predict_the_loss(fitted):
-    """The estimate for the stock mixture, nearest rounding, is within a factor of two of the KLD of its dequantized weights."""
+    """The estimate for one tensor in q2_k is within a factor of two of the KLD that the tensor causes; wider types lose less."""
     from gguf import GGMLQuantizationType, dequantize
     from transformers import AutoModelForCausalLM
 
