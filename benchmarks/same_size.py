@@ -140,7 +140,7 @@ def made(work: Path, base: Path, adapter: Path, rows: Path, options: argparse.Na
             )
             found[f"q4_k_m auto-round iters={iters}"] = ours / f"gguf-q4_k_m+iters={iters}+method=auto-round"
     for v in VARIANTS if options.fit else ():
-        out = work / f"fit-{v}"
+        out = work / "fit"  # one folder: the tensors are scored once
         size = read_json(plain / f"gguf-{v}" / "artifact.json")["size_bytes"]
         run("compress", base, "--adapter", adapter, "--name", "m", "--quiet", *calibrated, "--eval", rows / "select.jsonl",
             "--fit", size, "--out", out)  # fmt: skip
