@@ -10,7 +10,7 @@ import httpx
 
 from edgeft.compress.gate_limits import FAIL, NOT_RUN, PASS
 from edgeft.compress.gate_reference import CORPUS_SHA256, ids_hash, today
-from edgeft.compress.gate_texts import CHATS, RARE_TEXTS, TOKEN_TEXTS
+from edgeft.compress.gate_texts import CHATS, TOKEN_TEXTS
 from edgeft.engines.client import Reply, chat
 from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault
@@ -80,33 +80,27 @@ def _not_run(check: str, why: str) -> Line:
 
 
 def tokens(running: Running, reading: dict[str, Any]) -> Line:
-    """The same ids as the source on every text. Texts that the source normalizes first, and rare digits, are only noted:
-    llama.cpp does not normalize."""
+    """The same ids as the source on every text. Texts that the source normalizes first are only noted: llama.cpp does not."""
     line: Line = {
         "check": "tokens",
         "what": "texts whose token ids are not the source's",
         "limit": 0,
         "rule": "at most",
     }
-    differ: dict[str, list[str]] = {"texts": [], "rare": []}
-    for kind, texts in (("texts", TOKEN_TEXTS), ("rare", RARE_TEXTS)):
-        for index, (text, wanted) in enumerate(zip(texts, reading[kind], strict=True)):
-            body = {"content": text, "add_special": False, "parse_special": True}
-            found = running.ask("/tokenize", body)
-            if found is None and running.ask("/tokenize", {"content": "a"}) is None:
-                return _not_run("tokens", "the engine does not say how it splits text (/tokenize)")
-            if found is None or ids_hash(found["tokens"]) != wanted:
-                noted = kind == "rare" or index in reading["normalized"]
-                differ["rare" if noted else "texts"].append(text)
-    line |= {
-        "seen": len(differ["texts"]),
-        "n": len(TOKEN_TEXTS),
-        "verdict": FAIL if differ["texts"] else PASS,
-    }
-    if differ["texts"]:
-        line["first"] = differ["texts"][0]
-    if differ["rare"]:
-        line["noted"] = differ["rare"]
+    differ: list[str] = []
+    noted: list[str] = []
+    for index, (text, wanted) in enumerate(zip(TOKEN_TEXTS, reading["texts"], strict=True)):
+        body = {"content": text, "add_special": False, "parse_special": True}
+        found = running.ask("/tokenize", body)
+        if found is None and running.ask("/tokenize", {"content": "a"}) is None:
+            return _not_run("tokens", "the engine does not say how it splits text (/tokenize)")
+        if found is None or ids_hash(found["tokens"]) != wanted:
+            (noted if index in reading["normalized"] else differ).append(text)
+    line |= {"seen": len(differ), "n": len(TOKEN_TEXTS), "verdict": FAIL if differ else PASS}
+    if differ:
+        line["first"] = differ[0]
+    if noted:
+        line["noted"] = noted
     return line
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child
-from edgeft.compress.gate_texts import CHATS, DOMAIN_TEXTS, RARE_TEXTS, TOKEN_TEXTS
+from edgeft.compress.gate_texts import CHATS, DOMAIN_TEXTS, TOKEN_TEXTS
 from edgeft.files import read_json, sha256_json, staged_folder, write_json
 from edgeft.rows import Row, row_hash
 
 OWN = "own"
 MAX_TOKENS = 2048  # of a row or text; longer rows are left out
 MEASURES = "edgeft/gate@1"  # a new one makes standing artefacts be checked again
-CORPUS_SHA256 = sha256_json([MEASURES, TOKEN_TEXTS, RARE_TEXTS, CHATS, DOMAIN_TEXTS])
+CORPUS_SHA256 = sha256_json([MEASURES, TOKEN_TEXTS, CHATS, DOMAIN_TEXTS])
 
 
 def reference(merged: Path, merged_sha256: str, rows: list[Row], work: Path, threads: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def prepare(merged: str, rows_file: str, out: str, threads: int) -> dict[str, An
 def reading(tokenizer: Any) -> dict[str, Any]:
     """How a transformers tokenizer reads the gate's texts and chats.
 
-    `texts`, `rare`: a hash of the ids each; `normalized`: texts that its normalizer may have changed first;
+    `texts`: a hash of the ids each; `normalized`: texts that its normalizer may have changed first;
     `chats`: name -> {prompt, tokens} or None for a shape that the template refuses; `bos`: the text of its
     first token, if it has one; `today`: the day, where the template writes it.
     """
@@ -88,7 +88,6 @@ def reading(tokenizer: Any) -> dict[str, Any]:
     return {
         "corpus_sha256": CORPUS_SHA256,
         "texts": [ids_hash(tokenizer.encode(text, add_special_tokens=False)) for text in TOKEN_TEXTS],
-        "rare": [ids_hash(tokenizer.encode(text, add_special_tokens=False)) for text in RARE_TEXTS],
         "normalized": [
             index
             for index, text in enumerate(TOKEN_TEXTS)

@@ -44,6 +44,10 @@ TOKEN_TEXTS = (
     "#include <stdio.h>\nint main(void){printf(\"%d\\n\", 0x7fff>>2);return 0;}",
     "curl -sS 'https://example.org/a?b=c&d=%20#e' | jq '.[] | .x' > /dev/null 2>&1",
     "0 1 12 123 1234 12345 123456 1234567890 3.14159 1,000,000 2026-11-24T10:30:00Z",
+    "rows:\n    1\n\t2\n  30 of 45\n\n6",
+    "half an inch is ½ or ⅓, in room Ⅳ on floor ③",
+    "الطلب رقم ٣٤٥",
+    "क्रम संख्या ३४५",
     "x² + y³ ≤ √(α·β) ∑∞ №7 ﬁ ℌ",
     "HELLO hELLO HeLLo IT'S WE'LL THEY'RE o'clock rock'n'roll",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!--------========",
@@ -52,10 +56,6 @@ TOKEN_TEXTS = (
     "almost special: <|im_start|<|im_end|> < |im_start|> <|endoftext|>. <|endoftext|>x",
     "\U0001f600\U00020000\U0010fffd",
 )  # fmt: skip
-
-# Where engines are known to part from transformers on some models: digits that are not ASCII after a space (llama.cpp splits
-# them off by a regular expression of its own). A difference is recorded and fails nothing.
-RARE_TEXTS = ("half an inch is ½ or ⅓", "in room Ⅳ on floor ③", "الطلب رقم ٣٤٥", "क्रम संख्या ३४५")
 
 
 def _turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:

@@ -10,6 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+VERSION = 2  # what an earlier one wrote is made again
+DIGITS_APART = (
+    "smollm",
+)  # names of llama.cpp for pre-tokenizers that split digits, which transformers' reader leaves out
+
 
 def dequantize(gguf: str, out: str) -> dict[str, Any]:
     """Write the model in the file `gguf` into the folder `out`; returns its tensor types and the dtype stored."""
@@ -18,7 +23,8 @@ def dequantize(gguf: str, out: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = Path(gguf)
-    kinds = Counter(t.tensor_type.name.lower() for t in GGUFReader(source).tensors)
+    reader = GGUFReader(source)
+    kinds = Counter(t.tensor_type.name.lower() for t in reader.tensors)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -28,8 +34,19 @@ def dequantize(gguf: str, out: str) -> dict[str, Any]:
     model: Any = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    pre = reader.get_field("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in DIGITS_APART:
+        _split_digits(tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {"tensor_types": dict(kinds), "dtype": "float16"}
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Every digit a piece of its own, also after white space."""
+    from tokenizers.pre_tokenizers import Digits, Sequence
+
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])

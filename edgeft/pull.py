@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from edgeft import child, console
+from edgeft import child, console, dequantize
 from edgeft.errors import EnvironmentFault, UsageError, unknown
 from edgeft.files import disk_errors, list_files, need_disk, read_json, sha256_file, staged_folder, write_json
 from edgeft.home import cache_dir
@@ -200,8 +200,11 @@ def _intact(target: Path) -> bool:
     """True where an earlier pull stands there whole."""
     if not (target / ORIGIN).is_file():
         return False
-    files = read_json(target / ORIGIN).get("files", {})
-    return all((target / n).is_file() and sha256_file(target / n) == f["sha256"] for n, f in files.items())
+    origin = read_json(target / ORIGIN)
+    files = origin.get("files", {})
+    return origin.get("dequantizer") == dequantize.VERSION and all(
+        (target / n).is_file() and sha256_file(target / n) == f["sha256"] for n, f in files.items()
+    )
 
 
 def _dequantize(gguf: Path, target: Path, origin: dict[str, Any]) -> None:
@@ -216,6 +219,7 @@ def _dequantize(gguf: Path, target: Path, origin: dict[str, Any]) -> None:
                 **origin,
                 "gguf_tensor_types": made["tensor_types"],
                 "stored_as": made["dtype"],
+                "dequantizer": dequantize.VERSION,
                 "files": list_files(staging),
             },
         )

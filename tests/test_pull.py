@@ -156,6 +156,12 @@ def test_the_built_in_says_where_it_came_from(smollm2):
     assert pull("smollm2-135m-instruct") == smollm2
 
 
+def test_the_built_in_splits_digits_as_its_gguf_does(smollm2):
+    from edgeft.tokenizer import load_tokenizer
+
+    assert load_tokenizer(smollm2).tokenize("rows:\n\n    1\n\t2") == ["rows", ":", "ĊĊĠĠĠĠ", "1", "Ċĉ", "2"]
+
+
 def test_a_gguf_file_becomes_the_same_model(tiny_models, tmp_path, monkeypatch):
     from edgeft.compress import Recipe, compress
     from edgeft.compress.adapter import header_of

@@ -219,13 +219,15 @@ def stage(out: Path) -> set[str]:
 
 
 def all_files(out: Path) -> dict[str, bytes]:
-    """Relative path -> contents of everything but logs, the lock and the notes of places."""
-    kept = (
-        p
-        for p in out.rglob("*")
-        if p.is_file() and p.suffix != ".log" and p.name not in ("lock", "inputs.json")
-    )
-    return {p.relative_to(out).as_posix(): p.read_bytes() for p in kept}
+    """Relative path -> contents of everything but logs, the lock, the notes of places and what another test's gate kept."""
+    found = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if path.suffix != ".log"
+        and path.name not in ("lock", "inputs.json")
+        and not name.startswith(".work/gate/")
+    }
 
 
 def timeless(manifest: bytes) -> dict:
