@@ -23,7 +23,7 @@ demo: install ## From adapter to bill on a real model; about 40 minutes the firs
 	$(BIN)/python examples/demo.py
 
 test: install ## All tests, two files at a time.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 12
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-deps: ## Install what some tests use from Debian (they skip without it).
 	$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium >/dev/null

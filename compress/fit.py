@@ -16,8 +16,6 @@ from edgeft import child, console
 from edgeft.compress import (
     costs,
     formats,
-    gate,
-    gate_limits,
     gate_rows,
     knapsack,
     preflight,
@@ -26,6 +24,8 @@ from edgeft.compress import (
     sizes,
 )
 from edgeft.compress.artifacts import compress
+from edgeft.compress.fit_choice import Wanted, choose, nothing_holds, row_of
+from edgeft.compress.fit_report import frontier, plot, reported
 from edgeft.compress.formats import Job, Spec, gguf
 from edgeft.compress.formats.gguf_types import TensorTypes
 from edgeft.compress.make import load_artifact
@@ -38,18 +38,6 @@ from edgeft.types import Artifact
 
 STOCK = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 OTHER_FORMATS = ("onnx:int4", "onnx:int8", "gptq:4")
-FRONTIER_POINTS = 16
-SPEED_RUNS, SPEED_TOKENS, SPEED_PROMPT_CHARS = 3, 32, 400
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What has to hold: bytes of all files, adapter-gain retention (a share), decode tok/s of one stream."""
-
-    size_bytes: int
-    min_retention: float | None = None
-    min_tok_per_s: float | None = None
-    profile: str | None = None  # a box that is not this one: its tok/s is predicted, not measured
 
 
 @dataclass(frozen=True)
@@ -91,8 +79,10 @@ def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) 
         "chosen": chosen["id"] if chosen else None,
         "candidates": rows,
         "rejected": sorted(set(_ids(asked)) - {row["id"] for row in rows}),
-        "frontier": frontier(scored),
-        "report": reported(chosen, base, adapters, recipe, halves["report"], merged) if chosen else None,
+        "frontier": frontier(scored.choices, min(scored.around_bytes.values())),
+        "report": reported(chosen, base if adapters else None, recipe, halves["report"], merged)
+        if chosen
+        else None,
     }
     write_json(out / "fit.json", report)
     plot(report, out / "fit.svg")
@@ -245,162 +235,3 @@ def built(base: Path, adapters: Sequence[Source], recipe: Recipe) -> list[Artifa
         if "made" not in error.details:
             raise
         return [load_artifact(recipe.out / name) for name in error.details["made"]]
-
-
-def row_of(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> dict[str, Any]:
-    """A candidate's line: size, the gate's figures on the rows to choose on, tok/s."""
-    checks = {line["check"]: line for line in artifact.checks[gate.NAME].get("checks", [])}
-    kld, kept = checks.get(f"kld {gate.OWN}", {}), checks.get("retention", {})
-    speed, how = tok_per_s(artifact, out, wanted, recipe)
-    return {
-        "id": artifact.id,
-        "size_bytes": artifact.size_bytes,
-        "bits_per_weight": artifact.bits_per_weight,
-        "kld_nats": kld.get("seen"),
-        "kld_ci95": kld.get("ci95"),
-        "retention": kept.get("seen"),
-        "retention_ci95": kept.get("ci95"),
-        "tok_per_s": speed,
-        "tok_per_s_is": how,
-    }
-
-
-def tok_per_s(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> tuple[float, str]:
-    """(decode tok/s of one stream, measured here or predicted for the profile).
-
-    The prediction is the profile's bandwidth over the file's bytes, which is the most that memory allows.
-    """
-    if wanted.profile:
-        from edgeft.profiles import get_profile
-
-        bandwidth = get_profile(wanted.profile).bandwidth_gb_per_s
-        if bandwidth is None:
-            raise UsageError(
-                f"the profile {wanted.profile} has no bandwidth.", "edgeft profiles show …; name another"
-            )
-        return bandwidth * 1e9 / artifact.size_bytes, f"at most, predicted from {wanted.profile}'s bandwidth"
-    from edgeft.bench import measure
-    from edgeft.bench.callers import caller
-    from edgeft.bench.targets import find
-
-    assert recipe.eval
-    with console.step(f"timing {artifact.id}"):
-        (target,) = find([out / artifact.id], [])
-        with caller(target, out / ".work" / "fit-speed.log", recipe.threads, 1024) as (ask, _):
-            rows = load_rows(recipe.eval)
-            found = measure.speed(ask, rows, SPEED_RUNS, SPEED_TOKENS, SPEED_PROMPT_CHARS)
-    return found["decode_tok_per_s"]["p50"], "measured here"
-
-
-def choose(rows: Sequence[dict[str, Any]], wanted: Wanted) -> dict[str, Any] | None:
-    """The candidate of least KLD that holds what is wanted."""
-    held = [row for row in rows if not broken(row, wanted)]
-    return min(held, key=lambda row: (row["kld_nats"], row["size_bytes"]), default=None)
-
-
-def broken(row: dict[str, Any], wanted: Wanted) -> list[str]:
-    """What a candidate does not hold, in words."""
-    found = []
-    if row["size_bytes"] > wanted.size_bytes:
-        found.append(f"{row['size_bytes'] / 1e6:.1f} MB")
-    if row["kld_nats"] is None:
-        found.append("KLD not measured")
-    if wanted.min_retention is not None and (
-        row["retention"] is None or row["retention"] < wanted.min_retention
-    ):
-        found.append(
-            "retention not measured" if row["retention"] is None else f"retention {row['retention']:.3f}"
-        )
-    if wanted.min_tok_per_s is not None and row["tok_per_s"] < wanted.min_tok_per_s:
-        found.append(f"{row['tok_per_s']:.1f} tok/s")
-    return found
-
-
-def nothing_holds(rows: Sequence[dict[str, Any]], wanted: Wanted) -> tuple[str, str]:
-    """The two lines where every candidate breaks something."""
-    if not rows:
-        return "every candidate was rejected by the gate.", "less …/.rejected/*/reasons.json; a larger --fit"
-    why = "; ".join(f"{row['id']}: {', '.join(broken(row, wanted))}" for row in rows)
-    best = max((row["retention"] for row in rows if row["retention"] is not None), default=None)
-    fastest = max(row["tok_per_s"] for row in rows)
-    would = [f"a larger --fit than {wanted.size_bytes / 1e6:.1f}MB"]
-    if wanted.min_retention is not None and best is not None and best < wanted.min_retention:
-        would.append(f"--min-retention {best:.3f}")
-    if wanted.min_tok_per_s is not None and fastest < wanted.min_tok_per_s:
-        would = [f"--min-tps {fastest:.1f}, or a faster box"]
-    return f"nothing holds all that is wanted ({why}).", " or ".join(would)
-
-
-def frontier(scored: Scored) -> list[dict[str, Any]]:
-    """What the knapsack expects at sizes from the smallest to the largest, estimated KL beside each."""
-    around = min(scored.around_bytes.values())
-    least = around + sum(min(s for s, _ in c.values()) for c in scored.choices.values())
-    most = around + sum(max(s for s, _ in c.values()) for c in scored.choices.values())
-    points = []
-    for step in range(FRONTIER_POINTS):
-        size = least + (most - least) * step // (FRONTIER_POINTS - 1)
-        layout = knapsack.fill(scored.choices, size - around)
-        if layout:
-            points.append({"size_bytes": size, "estimated_kl_nats": knapsack.loss_of(scored.choices, layout)})
-    return points
-
-
-def reported(
-    chosen: dict[str, Any],
-    base: Path,
-    adapters: Sequence[Source],
-    recipe: Recipe,
-    rows_file: Path,
-    merged: Artifact,
-) -> dict[str, Any]:
-    """The chosen artefact on the half of the rows that nothing was chosen by."""
-    artifact = load_artifact(recipe.out / chosen["id"])
-    rows = load_rows(rows_file)
-    held = gate.Gate(
-        merged=recipe.out / "merged",
-        merged_sha256=merged.sha256,
-        base=base if adapters else None,
-        base_sha256=gate.model_sha256(base) if adapters else "",
-        rows=gate_rows.GateRows(rows, rows_file.name),
-        limits=gate_limits.load(recipe.gate),
-        grid=None,
-        work=recipe.out / ".work" / "fit" / "gate",
-        threads=recipe.threads,
-        task_rows=recipe.eval_limit,
-    )
-    with console.step(f"reporting {artifact.id} on rows it was not chosen by"):
-        try:
-            entry = gate.check(held, recipe.out / artifact.id, artifact.id, artifact.engine, artifact.variant)
-        except GateError as error:
-            entry = error.details["gate"]
-    return {"rows": [row_hash(row) for row in rows], "status": entry["status"], "checks": entry["checks"]}
-
-
-def plot(report: Mapping[str, Any], file: Path) -> None:
-    """KLD over size: what the knapsack expects, what was measured, what was asked for."""
-    import io
-
-    import matplotlib
-
-    from edgeft.files import write_text
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    points = report["frontier"]
-    axes.plot([p["size_bytes"] / 1e6 for p in points], [p["estimated_kl_nats"] for p in points], "--", color="#888",
-              label="estimated, nearest rounding")  # fmt: skip
-    for row in (r for r in report["candidates"] if r["kld_nats"] is not None):
-        color = "#b2182b" if row["id"] == report["chosen"] else "#2166ac"
-        axes.plot(row["size_bytes"] / 1e6, row["kld_nats"], "o", color=color)
-        axes.annotate(row["id"].replace("+types=", "\n"), (row["size_bytes"] / 1e6, row["kld_nats"]),
-                      textcoords="offset points", xytext=(6, 4), fontsize=8)  # fmt: skip
-    axes.axvline(report["wanted"]["size_bytes"] / 1e6, color="#444", linewidth=0.8, label="asked for")
-    axes.set(xlabel="MB", ylabel="KLD against merged, nats", yscale="log")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    write_text(file, drawn.getvalue())

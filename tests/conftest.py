@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two files are tested at a time: threads that spin while they wait would take the other's core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# The files that take longest begin first, so that the workers end together (`--no-loadscope-reorder` keeps the order).
+LONGEST_FIRST = (
+    "test_formats_tiny.py", "test_line.py", "test_resume.py", "test_format_options.py", "test_gate.py", "test_fit.py",
+    "test_rounding.py", "test_provenance.py", "test_preflight.py", "test_merge_base.py", "test_gguf_lora.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of the files."""
+    place = {name: index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -95,13 +108,33 @@ DIST_FORMATS = ("gguf:f16", "gguf:q4_k_m", "onnx:int8")
 
 
 @pytest.fixture(scope="session")
-def tiny_dist(tiny_models, tiny_adapters, tmp_path_factory) -> Path:
-    """A folder with base/ (a tiny Llama), adapter/, rows.jsonl, and dist/ with what `compress` makes of them."""
-    import shutil
+def tiny_dist(tiny_models, tiny_adapters, tmp_path_factory, worker_id) -> Path:
+    """A folder with base/ (a tiny Llama), adapter/, rows.jsonl, and dist/ with what `compress` makes of them.
 
-    from edgeft.compress import Recipe, compress
+    Made once for all workers; each has a copy of its own.
+    """
+    from filelock import FileLock
 
     home = tmp_path_factory.mktemp("tiny-dist")
+    if worker_id == "master":
+        return make_tiny_dist(home, tiny_models, tiny_adapters)
+    shared = tmp_path_factory.getbasetemp().parent / "tiny-dist"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "whole").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir()
+            make_tiny_dist(shared, tiny_models, tiny_adapters)
+            (shared / "whole").touch()
+    shutil.copytree(shared, home, dirs_exist_ok=True, ignore=shutil.ignore_patterns("whole"))
+    places = home / "dist" / ".work" / "inputs.json"
+    places.write_text(places.read_text().replace(str(shared), str(home)))
+    return home
+
+
+def make_tiny_dist(home: Path, tiny_models: dict[str, Path], tiny_adapters: dict[str, Path]) -> Path:
+    """Compress a tiny Llama into every format of DIST_FORMATS."""
+    from edgeft.compress import Recipe, compress
+
     shutil.copytree(tiny_models["llama"], home / "base")
     shutil.copytree(tiny_adapters["llama"], home / "adapter")
     (home / "base" / "README.md").write_text("# the base's own card\n")

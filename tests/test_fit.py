@@ -116,7 +116,7 @@ def test_rows_of_weights_in_another_order_are_found():
 
 
 def test_what_does_not_hold_is_said(fitted):
-    from edgeft.compress import fit
+    from edgeft.compress import fit, fit_choice
 
     _, found, recipe, (base, source) = fitted
     with pytest.raises(GateError, match="smallest types") as error:
@@ -125,14 +125,14 @@ def test_what_does_not_hold_is_said(fitted):
     rows = found["candidates"]
     fastest = max(row["tok_per_s"] for row in rows)
     wanted = fit.Wanted(SIZE, min_tok_per_s=2 * fastest)
-    assert fit.choose(rows, wanted) is None
-    message, hint = fit.nothing_holds(rows, wanted)
+    assert fit_choice.choose(rows, wanted) is None
+    message, hint = fit_choice.nothing_holds(rows, wanted)
     assert "tok/s" in message and f"--min-tps {fastest:.1f}" in hint
     measured = [{**row, "retention": 0.9} for row in rows]
     wanted = fit.Wanted(SIZE, min_retention=0.95)
     assert (
-        fit.choose(measured, wanted) is None
-        and "--min-retention 0.900" in fit.nothing_holds(measured, wanted)[1]
+        fit_choice.choose(measured, wanted) is None
+        and "--min-retention 0.900" in fit_choice.nothing_holds(measured, wanted)[1]
     )
 
 
