@@ -94,6 +94,7 @@ def _artifact(folder: Path) -> Target:
         "bits_per_weight": artifact.bits_per_weight,
         "parameters": artifact.parameters,
         "model_name": artifact.model_name,
+        "merged_sha256": artifact.made_from.get("merged_sha256"),
     }
     return Target(
         artifact.id,

@@ -47,6 +47,7 @@ class Shape:
     largest_changed: int  # of the largest one that the adapters change
     widest: int  # columns of the widest inner weight
     moment_bytes: int  # second moments of all layers' inputs
+    round_work: int  # rows x columns squared, summed over the inner weights: what error feedback multiplies
     vocabulary: int
     narrow: int  # parameters outside the ends in rows that are no multiple of 256
     narrow_ends: bool  # whether embedding and head are such
@@ -162,6 +163,7 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         largest_changed=max(changed, default=0),
         widest=max((o.shape[-1] for o in inner if len(o.shape) == 2), default=0),
         moment_bytes=_moment_bytes(inner),
+        round_work=sum(o.shape[0] * o.shape[1] ** 2 for o in inner if len(o.shape) == 2),
         vocabulary=outputs[embedding].shape[0] if embedding in outputs else 0,
         narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
         narrow_ends=any(o.shape[-1] % 256 for o in ends),
@@ -214,6 +216,9 @@ def quantities(shape: Shape) -> dict[str, float]:
         "logits": shape.longest_tokens * shape.vocabulary,
         "proof_logits": shape.proof_tokens * shape.vocabulary,
         "work": shape.parameters * shape.tokens,
+        "moment_work": shape.moment_bytes / 4 * shape.tokens,
+        "round_work": shape.round_work,
+        "vocabulary": shape.vocabulary,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,11 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
     points = report["frontier"]
     axes.plot([p["size_bytes"] / 1e6 for p in points], [p["estimated_kl_nats"] for p in points], "--", color="#888",
               label="estimated, nearest rounding")  # fmt: skip
-    for row in (r for r in report["candidates"] if r["kld_nats"] is not None):
-        color = "#b2182b" if row["id"] == report["chosen"] else "#2166ac"
-        axes.plot(row["size_bytes"] / 1e6, row["kld_nats"], "o", color=color)
-        axes.annotate(row["id"].replace("+types=", "\n"), (row["size_bytes"] / 1e6, row["kld_nats"]),
-                      textcoords="offset points", xytext=(6, 4), fontsize=8)  # fmt: skip
+    measured = [r for r in report["candidates"] if r["kld_nats"] is not None]
+    for row, marker in zip(measured, cycle("osD^vP*X"), strict=False):
+        chosen = row["id"] == report["chosen"]
+        axes.plot(row["size_bytes"] / 1e6, row["kld_nats"], marker, color="#b2182b" if chosen else "#2166ac", alpha=0.8,
+                  linestyle="", label=f"{row['id']}: {row['kld_nats']:.3g} nats{', chosen' if chosen else ''}")  # fmt: skip
     axes.axvline(report["wanted"]["size_bytes"] / 1e6, color="#444", linewidth=0.8, label="asked for")
     axes.set(xlabel="MB", ylabel="KLD against merged, nats", yscale="log")
     axes.legend(fontsize=8)

@@ -19,6 +19,7 @@ from edgeft.bench.score import hopeless, score
 from edgeft.compress.gate_limits import FAIL, INCONCLUSIVE, NOT_RUN, judge
 from edgeft.compress.gate_reading import Line, Running
 from edgeft.compress.gate_reference import OWN
+from edgeft.files import published_name
 from edgeft.rows import Row, answer_of, prompt_of
 
 MIN_ROWS = 8  # below it a score decides nothing, whatever its interval
@@ -33,7 +34,7 @@ def distances(
     found = child.call(
         "edgeft.bench.fidelity:compare",
         log=log,
-        title=f"the logits of {folder.name}",
+        title=f"the logits of {published_name(folder)}",
         engine=engine,
         folder=str(folder),
         plan=reference["plan"],

@@ -117,9 +117,19 @@ def describe(artifact: Artifact, folder: Path) -> None:
 
 
 def reject(staging: Path, target: Path, error: GateError) -> None:
-    """Keep what failed its check where nobody takes it for an artefact, with the reason beside it."""
+    """Keep what failed its check where nobody takes it for an artefact, with the reason beside it.
+
+    What stood under its name was made of other inputs than were asked for now: it goes as well, to NAME.before.
+    """
     place = target.parent / REJECTED / target.name
     (staging / MANIFEST).unlink(missing_ok=True)
-    write_json(staging / "reasons.json", {"seen": error.message, "next": error.hint, **error.details})
+    reasons = {"seen": error.message, "next": error.hint, **error.details}
+    if target != staging and target.exists():
+        before = place.with_name(f"{place.name}.before")
+        place.parent.mkdir(exist_ok=True)
+        replace_folder(target, before)
+        reasons["before"] = f"what stood here was made of other inputs and lies in {REJECTED}/{before.name}"
+        console.note(f"  {target.name}: {reasons['before']}")
+    write_json(staging / "reasons.json", reasons)
     replace_folder(staging, place)
     staging.mkdir()  # the caller removes it

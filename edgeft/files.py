@@ -154,6 +154,11 @@ def replace_folder(staging: Path, target: Path) -> None:
         unlock(lock)
 
 
+def published_name(folder: Path) -> str:
+    """The name that a folder has, or will have where it is half-made."""
+    return folder.name.removeprefix(".").partition(".part-")[0]
+
+
 def sweep(target: Path, root: Path | None = None) -> None:
     """Undo what killed runs left beside `target` (half-made folders in `root`): half-made folders go, and an old
     `target` that was moved out of the way comes back where nothing took its place. Work under way is left alone."""

@@ -152,3 +152,16 @@ def test_report_shows_a_dash_for_what_was_not_measured_and_loads_nothing():
     text = page(made)
     assert "x&lt;y" in text and "<svg" in text
     assert not any(mark in text for mark in ("<script", "src=", 'href="http'))
+
+
+def test_no_distance_to_a_model_that_it_was_not_made_of(tmp_path):
+    """An earlier adapter's artefact beside a new merged model."""
+    from edgeft.bench.run import Yardstick
+    from edgeft.bench.targets import Target
+
+    def target(name: str, digest: str, **facts: str) -> Target:
+        return Target(name, "artifact", "gguf", tmp_path / name, digest, 1, facts, {})
+
+    yardstick = Yardstick(target("merged", "new"), None, 1, tmp_path, tmp_path / "log")  # type: ignore[arg-type]
+    assert yardstick.compare(target("gguf-q8_0", "x", merged_sha256="old"), tmp_path / "log") is None
+    assert not (tmp_path / "log").exists(), "nothing was run"

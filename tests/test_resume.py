@@ -282,3 +282,19 @@ def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(tiny_dist, tmp_
             assert timeless(found[name]) == timeless(contents), name
         else:
             assert found[name] == contents, name
+
+
+def test_what_stood_under_the_name_of_a_rejected_artefact_goes_with_it(tmp_path):
+    """It was made of other inputs: whoever takes OUT for what was asked for must not find it there."""
+    from edgeft.compress.make import reject
+    from edgeft.errors import GateError
+
+    target = folder_with(tmp_path / "gguf-q4_0", "earlier")
+    with pytest.raises(FileNotFoundError), staged_folder(target) as staging:
+        (staging / "artifact.json").write_text("{}")
+        reject(staging, target, GateError("it lost the adapter.", "a wider --to"))
+        (staging / "gone").read_text()  # the caller's error, which removes what is staged
+    assert not target.exists()
+    kept = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert kept == {".rejected/gguf-q4_0/reasons.json", ".rejected/gguf-q4_0.before/file"}
+    assert "before" in json.loads((tmp_path / ".rejected" / "gguf-q4_0" / "reasons.json").read_text())
