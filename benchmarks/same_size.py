@@ -1,13 +1,13 @@
 """KLD at the same size: edgeft's GGUF files against llama.cpp's own and auto-round's, on off-grid twins of SmolLM2-135M.
 
-    python benchmarks/same_size.py BANKING77 ADAPTER WORK [--kind rescale|rotate] [--auto-round] [--fit] [--answers N]
+    python benchmarks/same_size.py BANKING77 ADAPTER WORK [--kind rescale|rotate] [--fit] [--auto-round 0 200] [--answers N]
 
 BANKING77 holds train.csv and dev.csv (text,category), ADAPTER is a LoRA adapter for the built-in SmolLM2. A twin
 computes the same function with other weights (off_grid_twin.py says why). Calibrated and chosen on train.csv, reported
 on every 15th row of dev.csv: KL(merged in float32 || artefact), all positions after the system prompt; general text is
 CPython's own language reference, its library source and a few languages, none of which calibration saw. What stands in
-WORK is kept, so an interrupted run goes on; half an hour a kind on two cores, `--auto-round` (which needs the extra) far
-longer.
+WORK is kept, so an interrupted run goes on; half an hour a kind on two cores, `--auto-round 200` (which needs the extra)
+far longer.
 """
 
 from __future__ import annotations
@@ -127,18 +127,10 @@ def made(work: Path, base: Path, adapter: Path, rows: Path, options: argparse.Na
             f"{v} imatrix": nearest,
             f"{v} edgeft": ours / f"gguf-{v}",
         }
-    if options.auto_round:
-        for iters in (0, 200):
-            run(
-                "compress",
-                *common,
-                *calibrated,
-                "--to",
-                f"gguf:q4_k_m,method=auto-round,iters={iters}",
-                "--out",
-                ours,
-            )
-            found[f"q4_k_m auto-round iters={iters}"] = ours / f"gguf-q4_k_m+iters={iters}+method=auto-round"
+    for iters in options.auto_round:
+        spec = f"gguf:q4_k_m,method=auto-round,iters={iters}"
+        run("compress", *common, *calibrated, "--to", spec, "--out", ours)
+        found[f"q4_k_m auto-round iters={iters}"] = ours / f"gguf-q4_k_m+iters={iters}+method=auto-round"
     for v in VARIANTS if options.fit else ():
         out = work / "fit"  # one folder: the tensors are scored once
         size = read_json(plain / f"gguf-{v}" / "artifact.json")["size_bytes"]
@@ -174,7 +166,7 @@ def main() -> None:
     parser.add_argument("adapter", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--kind", choices=("rescale", "rotate"), default="rescale")
-    parser.add_argument("--auto-round", action="store_true")
+    parser.add_argument("--auto-round", type=int, nargs="+", default=[], metavar="ITERS")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--answers", type=int, default=0)
     options = parser.parse_args()
