@@ -5,7 +5,7 @@
 BANKING77 holds train.csv and dev.csv (text,category), ADAPTER is a LoRA adapter for the built-in SmolLM2. A twin
 computes the same function with other weights (off_grid_twin.py says why). Calibrated and chosen on train.csv, reported
 on every 15th row of dev.csv: KL(merged in float32 || artefact), all positions after the system prompt; general text is
-CPython's own language reference, its library source and a few languages, none of which calibration saw. What stands in
+CPython's own language reference and its library source, none of which calibration saw. What stands in
 WORK is kept, so an interrupted run goes on; half an hour a kind on two cores, `--auto-round 200` (which needs the extra)
 far longer.
 """

@@ -14,6 +14,7 @@ import pytest
 
 from edgeft import child
 from edgeft.compress import Recipe, compress
+from edgeft.compress.formats import parse
 from edgeft.tokenizer import load_tokenizer
 from tests.conftest import DESK
 
@@ -22,13 +23,19 @@ pytest.importorskip("llama_cpp", reason="needs the extra: compress")
 pytest.importorskip("onnxruntime_genai", reason="needs the extra: onnx")
 
 KINDS = ("llama", "qwen2", "qwen3")
-FORMATS = ("gguf:f32", "gguf:f16", "gguf:q4_k_m", "onnx:int8")
+INT8 = "onnx:int8,accuracy_level=4"  # measuring levels is test_format_options' matter
+FORMATS = ("gguf:f32", "gguf:f16", "gguf:q4_k_m", INT8)
 IDS = [[1, 5, 99, 1234, 4321, 7, 42, 17], [2, 2000, 13, 40000, 12]]
 
 
 def formats_of(kind: str) -> tuple[str, ...]:
     """What is made of a kind: one has them all, the others what could differ by architecture."""
     return (*FORMATS, "gguf:q8_0", "onnx:fp32", "onnx:int4") if kind == "llama" else FORMATS
+
+
+def id_of(spec: str) -> str:
+    """The folder of a format."""
+    return parse(spec).id
 
 
 def logits_of(engine: str, folder: Path, log: Path) -> list[np.ndarray]:
@@ -182,12 +189,12 @@ def test_onnx_weights_are_close_and_the_embedding_is_quantized(made, tmp_path):
     kind, out = made
     wanted = torch_logits(out / "merged")
     spread = float(np.std(wanted[0]))
-    assert worst(logits_of("onnx", out / "onnx-int8", tmp_path / "8.log"), wanted) < 0.15 * spread + 0.1
+    assert worst(logits_of("onnx", out / id_of(INT8), tmp_path / "8.log"), wanted) < 0.15 * spread + 0.1
     vocabulary_bytes = 4 * 256 * 49152
-    for variant in ("int8", "int4") if kind == "llama" else ("int8",):
-        artifact_bytes = sum(f.stat().st_size for f in (out / f"onnx-{variant}").glob("model.onnx*"))
+    for spec in (INT8, "onnx:int4") if kind == "llama" else (INT8,):
+        artifact_bytes = sum(f.stat().st_size for f in (out / id_of(spec)).glob("model.onnx*"))
         assert artifact_bytes < vocabulary_bytes, (
-            f"{variant}: the table of {vocabulary_bytes} bytes is still in float32"
+            f"{spec}: the table of {vocabulary_bytes} bytes is still in float32"
         )
 
 
@@ -197,7 +204,7 @@ def test_manifests_count_every_parameter(made):
     kind, out = made
     merged = load_artifact(out / "merged", verify=True)
     for spec in formats_of(kind):
-        artifact = load_artifact(out / spec.replace(":", "-"), verify=True)
+        artifact = load_artifact(out / id_of(spec), verify=True)
         if artifact.format == "gguf":
             counted = sum(t["parameters"] for t in artifact.tensor_types.values())
             # A tied head is stored once; rope factors may be added.
@@ -331,12 +338,13 @@ def test_gptq_loads_with_from_pretrained(made, tiny_models, tiny_adapters, tmp_p
         pytest.skip("needs the extra: gptq")
     kind, out = made
     recipe = Recipe(
-        out=out, formats=("gptq:4",), calibration=DESK / "calibrate.jsonl", name="tiny", threads=2
-    )
+        out=out, formats=("gptq:4,rows=8",), calibration=DESK / "calibrate.jsonl", name="tiny", threads=2,
+        no_gate=kind != "llama",
+    )  # fmt: skip
     artifact = compress(tiny_models[kind], tiny_adapters[kind], recipe)[1]
     assert artifact.recipe["group_size"] == 128
     assert artifact.seen_rows["calibrate"]
-    found = logits_of("transformers", out / "gptq-4", tmp_path / "gptq.log")
+    found = logits_of("transformers", out / id_of("gptq:4,rows=8"), tmp_path / "gptq.log")
     wanted = torch_logits(out / "merged")
     spread = float(np.std(wanted[0]))
     assert 1e-4 < worst(found, wanted) < 3 * spread
@@ -348,7 +356,9 @@ def test_gptq_loads_with_from_pretrained(made, tiny_models, tiny_adapters, tmp_p
     from edgeft.engines.local import LocalModel
 
     with (
-        LocalModel(out / "gptq-4", "transformers", log=tmp_path / "serve.log", context=256) as model,
+        LocalModel(
+            out / id_of("gptq:4,rows=8"), "transformers", log=tmp_path / "serve.log", context=256
+        ) as model,
         httpx.Client() as client,
     ):
         reply = chat(
@@ -373,7 +383,7 @@ def test_gguf_and_onnx_answer_through_their_own_template(made, tmp_path):
     tokenizer = load_tokenizer(out / "merged")
     wanted = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     texts = {}
-    onnx = "onnx-fp32" if kind == "llama" else "onnx-int8"
+    onnx = "onnx-fp32" if kind == "llama" else id_of(INT8)
     for folder, engine in (("gguf-f32", "gguf"), (onnx, "onnx"), ("merged", "transformers")):
         with (
             LocalModel(out / folder, engine, log=tmp_path / f"{folder}.log", context=256) as model,
