@@ -1,8 +1,8 @@
 """What each step costs in memory, time and bytes, from a model's shapes.
 
 The coefficients were read off measured runs of three models: SmolLM2-135M (float16, tied), a random Llama of 0.38B
-(bfloat16, untied) and a tiny one (float32, tied), on two AMD EPYC (Zen 3) cores. Memory follows shapes; time is a
-cautious guess, scaled by what `probe` measures of this box.
+(bfloat16, untied) and a tiny one (float32, tied), on two AMD EPYC (Zen 3) cores. Memory follows shapes; time is scaled
+by what `probe` measures of this box. docs/benchmarks.md has how close they came on a fourth model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from edgeft.compress.rounding import BATCH_ROWS
 MERGE, PROOF = "merging", "proving the merge"
 CONVERT, IMATRIX, QUANTIZE = "llama.cpp's converter", "what the layers see", "llama_model_quantize"
 ROUNDING, CONVERT_LORA = "rounding with error feedback", "llama.cpp's converter of adapters"
+GREEDY = "the merged model's greedy tokens"
+LEVELS = "measuring accuracy levels"
 BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
+GENERAL_TOKENS = 4_100  # of `moments.general_texts`
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 BYTES_A_TOKEN, TEMPLATE_TOKENS = 4.0, 12
 TOKENIZER_BYTES, VOCABULARY_BYTES = (
@@ -47,7 +50,6 @@ class Shape:
     largest_changed: int  # of the largest one that the adapters change
     widest: int  # columns of the widest inner weight
     moment_bytes: int  # second moments of all layers' inputs
-    round_work: int  # rows x columns squared, summed over the inner weights: what error feedback multiplies
     vocabulary: int
     narrow: int  # parameters outside the ends in rows that are no multiple of 256
     narrow_ends: bool  # whether embedding and head are such
@@ -67,6 +69,7 @@ class Box:
     """What was just measured of this box."""
 
     gflops: float  # float32 matrix product
+    python_s: float  # a fixed loop in Python
     write_gb_per_s: float  # to OUT's disk, flushed
 
 
@@ -80,7 +83,7 @@ class Step:
     wall_s: float
     peak_rss_bytes: int
     peak_anon_bytes: int
-    may_be_owed: bool = False
+    may_be_owed: bool = False  # left out where it does not fit
 
     @property
     def need_bytes(self) -> int:
@@ -98,13 +101,13 @@ class Step:
 
 # Bytes: step -> (anonymous memory, pages that mirror files), each a sum of coefficient x quantity (see `quantities`).
 MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
-    MERGE: ({"one": 1.6e8, "merge": 1.0}, {"one": 0.86e8, "stored": 0.8}),
+    MERGE: ({"one": 1.25e8, "merge": 1.0}, {"one": 0.86e8, "stored": 0.8}),
     PROOF: ({"one": 5.8e8, "parameters": 5.5, "proof_logits": 12.0}, {"one": 1.6e8, "stored": 0.75}),
     CONVERT: ({"one": 3.2e8, "convert": 1.0}, {"one": 1.25e8}),
     IMATRIX: ({"one": 4.5e8, "parameters": 4.0, "pass": 1.0}, {"one": 0.8e8, "stored": 0.6}),
-    CONVERT_LORA: ({"one": 4.5e8, "table": 4.0}, {"one": 1.25e8}),
+    CONVERT_LORA: ({"one": 2.7e8, "parameters": 0.05}, {"one": 1.1e8}),
     QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
-    ROUNDING: ({"one": 2.2e8, "batch": 44.0, "square": 44.0}, {"one": 1.3e8, "stored": 0.2}),
+    ROUNDING: ({"one": 2.3e8, "batch": 25.0, "square": 25.0}, {"one": 0.9e8, "stored": 0.95}),
     "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:int4": ({"one": 4.3e8, "parameters": 5.32}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:fp32": ({"one": 4.3e8, "parameters": 1.4}, {"one": 1.35e8, "stored": 1.0}),
@@ -112,24 +115,31 @@ MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
         {"one": 0.2e8, "parameters": 1.36, "table": 3.5, "untied_table": 14.0},
         {"one": 0.26e8},
     ),
+    GREEDY: ({"one": 2.7e8, "parameters": 4.3}, {"one": 0.6e8, "stored": 0.7}),
+    "levels:int8": ({"one": 1.55e8, "parameters": 1.25}, {"one": 0.6e8, "parameters": 0.2}),
+    "levels:int4": ({"one": 1.45e8, "parameters": 0.8}, {"one": 0.5e8, "parameters": 0.1}),
     GPTQ: ({"one": 4.0e8, "parameters": 4.9, "logits": 32.0}, {"one": 2.15e8, "stored": 0.4}),
 }
-# Seconds: `one` to start, the rest where a matrix product runs at REFERENCE_GFLOPS.
+# Seconds on a box as fast as the reference: `one` is starting Python and its packages, which goes by how fast one core
+# runs Python; the rest goes by how fast the box multiplies matrices.
 SECONDS: dict[str, dict[str, float]] = {
-    MERGE: {"one": 2.5, "stored": 1.2e-8},
-    PROOF: {"one": 12.0, "parameters": 8e-8},
-    CONVERT: {"one": 8.0, "parameters": 1.5e-8},
-    IMATRIX: {"one": 12.0, "work": 1.6e-10},
-    CONVERT_LORA: {"one": 8.0, "parameters": 1e-9},
-    ROUNDING: {"one": 5.0, "parameters": 2e-7},
-    QUANTIZE: {"one": 1.0, "parameters": 1.5e-7},
-    "onnx:int8": {"one": 9.0, "parameters": 1e-7},
-    "onnx:int4": {"one": 9.0, "parameters": 1e-7},
-    "onnx:fp32": {"one": 9.0, "parameters": 5e-8},
-    EMBEDDING: {"one": 0.5, "parameters": 2e-8},
-    GPTQ: {"one": 15.0, "parameters": 8e-7},
+    MERGE: {"one": 1.2, "stored": 2.5e-9},
+    PROOF: {"one": 8.2, "parameters": 2.7e-8},
+    CONVERT: {"one": 4.2, "parameters": 4e-9},
+    IMATRIX: {"one": 6.9, "see": 1.27e-11},
+    CONVERT_LORA: {"one": 3.6, "parameters": 1e-9},
+    ROUNDING: {"one": 4.3, "parameters": 1.55e-7},
+    QUANTIZE: {"one": 0.15, "parameters": 1.6e-8, "wide": 2.1e-8},
+    "onnx:int8": {"one": 5.6, "parameters": 1.65e-8},
+    "onnx:int4": {"one": 5.1, "parameters": 1.4e-8},
+    "onnx:fp32": {"one": 5.1, "parameters": 1e-8},
+    EMBEDDING: {"one": 0.2, "table": 9e-9, "untied_table": 4.5e-8},
+    GREEDY: {"one": 6.5, "parameters": 9e-8},
+    "levels:int8": {"one": 0.8, "parameters": 5.7e-8},
+    "levels:int4": {"one": 0.5, "parameters": 2.4e-8},
+    GPTQ: {"one": 5.0, "parameters": 2.2e-7},
 }
-REFERENCE_GFLOPS = 50.0
+REFERENCE_GFLOPS, REFERENCE_PYTHON_S = 139.0, 0.0056
 
 # Bits a parameter of a GGUF type as llama.cpp mixes them on a Llama, and what rows no multiple of 256 fall back to.
 GGUF_BITS = {
@@ -163,7 +173,6 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         largest_changed=max(changed, default=0),
         widest=max((o.shape[-1] for o in inner if len(o.shape) == 2), default=0),
         moment_bytes=_moment_bytes(inner),
-        round_work=sum(o.shape[0] * o.shape[1] ** 2 for o in inner if len(o.shape) == 2),
         vocabulary=outputs[embedding].shape[0] if embedding in outputs else 0,
         narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
         narrow_ends=any(o.shape[-1] % 256 for o in ends),
@@ -215,10 +224,8 @@ def quantities(shape: Shape) -> dict[str, float]:
         "quantize": (shape.width + f32_copy) * shape.largest,
         "logits": shape.longest_tokens * shape.vocabulary,
         "proof_logits": shape.proof_tokens * shape.vocabulary,
-        "work": shape.parameters * shape.tokens,
-        "moment_work": shape.moment_bytes / 4 * shape.tokens,
-        "round_work": shape.round_work,
-        "vocabulary": shape.vocabulary,
+        "wide": shape.parameters - shape.narrow,  # of K-quants, which take longer to search than the legacy types
+        "see": (shape.tokens + GENERAL_TOKENS) * (shape.parameters + shape.moment_bytes / 4),
     }
 
 
@@ -226,13 +233,12 @@ def step(spec_id: str, asked: str, name: str, shape: Shape, box: Box) -> Step:
     """The prediction of one step; `name` may carry the variant, as `onnx:int8`, where the title is the builder's."""
     known = quantities(shape)
     anon, mirrored = (int(sum(c * known[q] for q, c in part.items())) for part in MEMORY[name])
-    # Starting Python and its packages is not what the matrix product measures: that part is left as it is.
-    fixed = SECONDS[name]["one"]
+    fixed = SECONDS[name]["one"] * box.python_s / REFERENCE_PYTHON_S
     grows = sum(c * known[q] for q, c in SECONDS[name].items() if q != "one")
     seconds = fixed + grows * REFERENCE_GFLOPS / box.gflops
     written = shape.stored_bytes / 1e9 / box.write_gb_per_s if name in (MERGE, CONVERT) else 0.0
-    title = BUILDER if name.startswith("onnx:") else name
-    return Step(spec_id, asked, title, seconds + written, anon + mirrored, anon, may_be_owed=name == PROOF)
+    title = {"onnx": BUILDER, "levels": LEVELS}.get(name.partition(":")[0], name)
+    return Step(spec_id, asked, title, seconds + written, anon + mirrored, anon, may_be_owed=name in (PROOF, GREEDY))
 
 
 def merge_steps(shape: Shape, box: Box) -> list[Step]:
@@ -257,7 +263,9 @@ def _names(spec: Spec, shape: Shape) -> list[str]:
         return [CONVERT] if spec.variant in CONVERTED else [CONVERT, *quantize]
     if spec.format == "onnx":
         known = f"onnx:{spec.variant}" if f"onnx:{spec.variant}" in MEMORY else "onnx:fp32"
-        return [known, *([EMBEDDING] if spec.variant == "int8" else [])]
+        levels = f"levels:{spec.variant}"
+        measured = levels in MEMORY and "accuracy_level" not in spec.options
+        return [known, *([EMBEDDING] if spec.variant == "int8" else []), *([GREEDY, levels] if measured else [])]
     return [GPTQ] if spec.format == "gptq" else []
 
 
@@ -299,7 +307,17 @@ def probe(folder: Path) -> Box:
         started = time.perf_counter()
         values @ values
         taken.append(time.perf_counter() - started)
-    return Box(gflops=2 * 768**3 / min(taken) / 1e9, write_gb_per_s=_write_gb_per_s(folder))
+    gflops = 2 * 768**3 / min(taken) / 1e9
+    return Box(gflops, min(_python_s() for _ in range(3)), _write_gb_per_s(folder))
+
+
+def _python_s() -> float:
+    """Seconds that a fixed loop in Python takes."""
+    started = time.perf_counter()
+    total = 0
+    for i in range(200_000):
+        total += i & 3
+    return time.perf_counter() - started
 
 
 def _write_gb_per_s(folder: Path, size_bytes: int = 8 << 20) -> float:
