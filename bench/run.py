@@ -163,7 +163,9 @@ class Yardstick:
         if self.reference is None or target is self.reference:
             return None
         if target.facts.get("merged_sha256") not in (None, self.reference.sha256):
-            console.note(f"  {target.id} was made of another merged model than {self.reference.path}: no KLD against it")
+            console.note(
+                f"  {target.id} was made of another merged model than {self.reference.path}: no KLD against it"
+            )
             return None
         if self.plan is None:
             self.plan = child.call(

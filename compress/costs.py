@@ -224,7 +224,8 @@ def quantities(shape: Shape) -> dict[str, float]:
         "quantize": (shape.width + f32_copy) * shape.largest,
         "logits": shape.longest_tokens * shape.vocabulary,
         "proof_logits": shape.proof_tokens * shape.vocabulary,
-        "wide": shape.parameters - shape.narrow,  # of K-quants, which take longer to search than the legacy types
+        "wide": shape.parameters
+        - shape.narrow,  # of K-quants, which take longer to search than the legacy types
         "see": (shape.tokens + GENERAL_TOKENS) * (shape.parameters + shape.moment_bytes / 4),
     }
 
@@ -238,7 +239,9 @@ def step(spec_id: str, asked: str, name: str, shape: Shape, box: Box) -> Step:
     seconds = fixed + grows * REFERENCE_GFLOPS / box.gflops
     written = shape.stored_bytes / 1e9 / box.write_gb_per_s if name in (MERGE, CONVERT) else 0.0
     title = {"onnx": BUILDER, "levels": LEVELS}.get(name.partition(":")[0], name)
-    return Step(spec_id, asked, title, seconds + written, anon + mirrored, anon, may_be_owed=name in (PROOF, GREEDY))
+    return Step(
+        spec_id, asked, title, seconds + written, anon + mirrored, anon, may_be_owed=name in (PROOF, GREEDY)
+    )
 
 
 def merge_steps(shape: Shape, box: Box) -> list[Step]:
@@ -265,7 +268,11 @@ def _names(spec: Spec, shape: Shape) -> list[str]:
         known = f"onnx:{spec.variant}" if f"onnx:{spec.variant}" in MEMORY else "onnx:fp32"
         levels = f"levels:{spec.variant}"
         measured = levels in MEMORY and "accuracy_level" not in spec.options
-        return [known, *([EMBEDDING] if spec.variant == "int8" else []), *([GREEDY, levels] if measured else [])]
+        return [
+            known,
+            *([EMBEDDING] if spec.variant == "int8" else []),
+            *([GREEDY, levels] if measured else []),
+        ]
     return [GPTQ] if spec.format == "gptq" else []
 
 

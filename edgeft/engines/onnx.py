@@ -1,4 +1,8 @@
-"""ONNX: onnxruntime-genai, greedy or sampled, one request at a time."""
+"""ONNX: onnxruntime-genai, greedy or sampled, one request at a time.
+
+Text becomes tokens by the `tokenizers` package and the folder's tokenizer.json, as in transformers: genai's own reading
+of that file knows some pre-tokenizers alone, and leaves others out without a word (`Digits` among them).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 from edgeft.engines.chat_server import Reader, Sampling, Token, listen
 
-REQUIRES = {"onnxruntime_genai": "onnx"}
+REQUIRES = {"onnxruntime_genai": "onnx", "tokenizers": "onnx"}
 
 
 def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -17,28 +21,28 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     from importlib.metadata import version
 
     import onnxruntime_genai as og
+    from tokenizers import Tokenizer
 
     model = load(folder, options)
     tokenizer = og.Tokenizer(model)
+    reads = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    reads.no_truncation()
+    reads.no_padding()
+
+    def tokenize(text: str) -> list[int]:
+        return list(reads.encode(text, add_special_tokens=False).ids)
 
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
-        ids = [int(i) for i in tokenizer.encode(render(messages))]
+        ids = tokenize(render(messages))
         if len(ids) + 1 > options["context"]:
             raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
         return len(ids), generate(model, tokenizer, ids, sampling, options["context"])
 
-    reader = Reader(lambda text: tokenize(tokenizer, text), render)
-    port = listen(chat, options["key"], options["name"], reader)
+    port = listen(chat, options["key"], options["name"], Reader(tokenize, render))
     return {"port": port, "build": f"onnxruntime-genai {version('onnxruntime-genai')}", "load_mode": "read"}
-
-
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """A text's ids without what the tokenizer puts before every text."""
-    added, ids = ([int(i) for i in tokenizer.encode(t)] for t in ("", text))
-    return ids[len(added) :] if ids[: len(added)] == added else ids
 
 
 def load(folder: Path, options: dict[str, Any]) -> Any:
