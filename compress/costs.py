@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.compress import proof
-from edgeft.compress.adapter import ends_of
+from edgeft.compress.adapter import ends_of, header_of
 from edgeft.compress.formats import Spec
 from edgeft.compress.merge import BYTES, Plan
 from edgeft.compress.moments import MAX_ROWS, MAX_TOKENS, PASS_BYTES
@@ -27,6 +27,7 @@ ROUNDING, CONVERT_LORA = "rounding with error feedback", "llama.cpp's converter 
 GREEDY = "the merged model's greedy tokens"
 LEVELS = "measuring accuracy levels"
 BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
+LORA_HEADER_BYTES = 30_000
 GENERAL_TOKENS = 4_100  # of `moments.general_texts`
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 BYTES_A_TOKEN, TEMPLATE_TOKENS = 4.0, 12
@@ -54,6 +55,7 @@ class Shape:
     narrow: int  # parameters outside the ends in rows that are no multiple of 256
     narrow_ends: bool  # whether embedding and head are such
     has_adapter: bool
+    adapter_parameters: int
     tokens: int  # of the calibration rows, as the importance matrix reads them
     longest_tokens: int  # of the longest row
     proof_tokens: int  # that the proof reads
@@ -177,6 +179,7 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
         narrow_ends=any(o.shape[-1] % 256 for o in ends),
         has_adapter=has_adapter,
+        adapter_parameters=sum(math.prod(e["shape"]) for a in planned.adapters for e in header_of(a.file).values()),
         tokens=sum(lengths[:MAX_ROWS]),
         longest_tokens=max(lengths, default=0),
         proof_tokens=sum(min(n, proof.MAX_TOKENS) for n in prompts),
@@ -292,7 +295,7 @@ def artifact_bytes(spec: Spec, shape: Shape) -> int:
     elif spec.format == "gptq":
         total = inner * (int(spec.variant) + 0.4) + shape.ends * 8 * shape.width
     else:
-        total = 0.4 * shape.stored_bytes  # an adapter of rank 16 to 64
+        return int(shape.adapter_parameters * GGUF_BITS.get(spec.variant, 16) / 8) + LORA_HEADER_BYTES
     return int(total / 8) + (VOCABULARY_BYTES if spec.format == "gguf" else TOKENIZER_BYTES)
 
 

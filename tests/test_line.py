@@ -149,16 +149,15 @@ def test_route_serve_and_bill(line):
 
 @pytest.mark.skipif(not (SHARED / "data" / "adapters").is_dir(), reason="needs ../shared/data/adapters")
 def test_the_real_adapter_survives_q8_0(tmp_path):
-    """banking77: 68 % was seen through llama.cpp for the merged Q8_0; Q4_1 loses the adapter, since the base sits on its grid."""
+    """banking77: 68 % was seen through llama.cpp for the merged Q8_0. (What Q4_1 does to it is test_gate's matter.)"""
     edgeft("compress", "smollm2-135m-instruct", "--adapter", SHARED / "data" / "adapters" / "smollm2-135m-banking77",
-           "--to", "gguf:q8_0", "--to", "gguf:q4_1", "--no-gate", "--out", tmp_path / "dist")  # fmt: skip
+           "--to", "gguf:q8_0", "--no-gate", "--out", tmp_path / "dist")  # fmt: skip
     edgeft("tune", "rows", SHARED / "data" / "banking77" / "dev.csv", "--label", "category", "--system",
            "Classify the banking query. Answer with the intent label only.", "--out", tmp_path / "rows")  # fmt: skip
-    edgeft("bench", tmp_path / "dist" / "gguf-q8_0", tmp_path / "dist" / "gguf-q4_1", "--tasks", tmp_path / "rows" / "report.jsonl",
-           "--limit", "80", "--no-speed", "--no-fidelity", "--max-tokens", "24", "--out", tmp_path / "report")  # fmt: skip
+    edgeft("bench", tmp_path / "dist" / "gguf-q8_0", "--tasks", tmp_path / "rows" / "report.jsonl",
+           "--limit", "60", "--no-speed", "--no-fidelity", "--max-tokens", "24", "--out", tmp_path / "report")  # fmt: skip
     share = {
         r["id"]: r["accuracy"]["share"]
         for r in json.loads((tmp_path / "report" / "report.json").read_text())["results"]
     }
     assert share["gguf-q8_0"] > 0.5
-    assert share["gguf-q4_1"] < 0.1
