@@ -179,7 +179,9 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
         narrow_ends=any(o.shape[-1] % 256 for o in ends),
         has_adapter=has_adapter,
-        adapter_parameters=sum(math.prod(e["shape"]) for a in planned.adapters for e in header_of(a.file).values()),
+        adapter_parameters=sum(
+            math.prod(e["shape"]) for a in planned.adapters for e in header_of(a.file).values()
+        ),
         tokens=sum(lengths[:MAX_ROWS]),
         longest_tokens=max(lengths, default=0),
         proof_tokens=sum(min(n, proof.MAX_TOKENS) for n in prompts),
