@@ -79,6 +79,11 @@ def notes(report: BenchReport) -> list[str]:
             f"{found['all']['positions']} positions of {found['all']['rows']} rows after the system prompt; logits through "
             f"{', '.join(logit_builds)}. gguf-f16, where it is there, is the engine's own floor."
         )
+    others = [r["id"] for r in report.results if (r["fidelity"] or {}).get("of_another_model")]
+    if others:
+        lines.append(
+            f"{', '.join(others)}: made of another merged model than the reference, so its KLD is not of quantizing alone."
+        )
     return lines
 
 

@@ -162,11 +162,6 @@ class Yardstick:
         """The target's fidelity figures, or None where there is no reference or the target is it."""
         if self.reference is None or target is self.reference:
             return None
-        if target.facts.get("merged_sha256") not in (None, self.reference.sha256):
-            console.note(
-                f"  {target.id} was made of another merged model than {self.reference.path}: no KLD against it"
-            )
-            return None
         if self.plan is None:
             self.plan = child.call(
                 "edgeft.bench.fidelity:prepare",
@@ -188,7 +183,13 @@ class Yardstick:
             reference=str(self.scratch / "reference.npy"),
             threads=self.threads,
         )
-        return fidelity.summarize({k: v for k, v in found.items() if k not in child.COST})
+        figures = fidelity.summarize({k: v for k, v in found.items() if k not in child.COST})
+        return {**figures, "of_another_model": of_another_model(target, self.reference)}
+
+
+def of_another_model(target: Target, reference: Target) -> bool:
+    """Was the artefact made of another merged model (another adapter, or none)? Its KLD is not of quantizing alone."""
+    return target.facts.get("merged_sha256") not in (None, reference.sha256)
 
 
 def reference_of(targets: list[Target]) -> Target | None:

@@ -154,14 +154,24 @@ def test_report_shows_a_dash_for_what_was_not_measured_and_loads_nothing():
     assert not any(mark in text for mark in ("<script", "src=", 'href="http'))
 
 
-def test_no_distance_to_a_model_that_it_was_not_made_of(tmp_path):
-    """An earlier adapter's artefact beside a new merged model."""
-    from edgeft.bench.run import Yardstick
+def test_an_artefact_of_another_model_is_told_in_the_report(tmp_path):
+    """An earlier adapter's artefact, or the base's own, beside a new merged model: its KLD holds more than quantizing."""
+    from edgeft.bench.run import of_another_model
     from edgeft.bench.targets import Target
 
     def target(name: str, digest: str, **facts: str) -> Target:
         return Target(name, "artifact", "gguf", tmp_path / name, digest, 1, facts, {})
 
-    yardstick = Yardstick(target("merged", "new"), None, 1, tmp_path, tmp_path / "log")  # type: ignore[arg-type]
-    assert yardstick.compare(target("gguf-q8_0", "x", merged_sha256="old"), tmp_path / "log") is None
-    assert not (tmp_path / "log").exists(), "nothing was run"
+    merged = target("merged", "new")
+    found = [of_another_model(target("q", "x", **f), merged) for f in ({"merged_sha256": "old"}, {"merged_sha256": "new"}, {})]  # fmt: skip
+    assert found == [True, False, False]
+    figures = {"positions": 3, "rows": 1}
+    results = [
+        {"id": name, "fidelity": {"logits_build": "b", "answer": figures, "all": figures, "of_another_model": other}}
+        for name, other in (("base/q", True), ("q", False))
+    ]  # fmt: skip
+    made = BenchReport(
+        created_at="2026-01-01", environment={}, profile={"id": "box"}, results=results, reference="merged",
+        workload={"rows": 4, "tasks": "rows.jsonl", "max_tokens": 16, "threads": 2},
+    )  # fmt: skip
+    assert [n for n in report.notes(made) if "another merged model" in n][0].startswith("base/q: ")
