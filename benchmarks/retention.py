@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from same_size import SYSTEM, rows_of, run
 
 from edgeft.bench import stats
 from edgeft.compress import gate, gate_quality
@@ -33,7 +33,6 @@ from edgeft.rows import Row, row_hash, spread
 from edgeft.tune.rows import rows_from_csv
 from edgeft.types import Artifact
 
-SYSTEM = "Classify the banking query. Answer with the intent label only."
 FORMATS = ("gguf:q8_0", "onnx:int8")
 MARGIN, ONE_SIDED, Z = 0.01, 5.0, 1.645
 CHUNK_ROWS, RESAMPLES = 100, 10_000
@@ -91,14 +90,10 @@ def main() -> None:
     options = parser.parse_args()
     base, dist = options.base or pull("smollm2-135m-instruct"), options.work / "dist"
     options.work.mkdir(parents=True, exist_ok=True)
-    parts = options.work / "rows"
-    words = [sys.executable, "-m", "edgeft"]
-    if not parts.is_dir():
-        subprocess.run([*words, "tune", "rows", str(options.data / "train.csv"), "--label", "category", "--system", SYSTEM,
-                        "--out", str(parts)], check=True)  # fmt: skip
+    parts = rows_of(options.data / "train.csv", options.work / "rows")
     asked = [w for text in options.to or FORMATS for w in ("--to", text)]
-    subprocess.run([*words, "compress", str(base), "--adapter", str(options.adapter), "--name", "m", "--no-gate", *asked,
-                    "--calibration", str(parts / "calibrate.jsonl"), "--out", str(dist)], check=True)  # fmt: skip
+    run("compress", base, "--adapter", options.adapter, "--name", "m", "--no-gate", *asked,
+        "--calibration", parts / "calibrate.jsonl", "--out", dist)  # fmt: skip
     rows: list[Any] = rows_from_csv(options.data / "dev.csv", "text", "category", SYSTEM)
     rows = spread(rows, options.rows) if options.rows else rows
     made = {f.parent.name: Artifact.load(f) for f in sorted(dist.glob("*/artifact.json"))}

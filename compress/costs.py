@@ -27,7 +27,7 @@ ROUNDING, CONVERT_LORA = "rounding with error feedback", "llama.cpp's converter 
 GREEDY = "the merged model's greedy tokens"
 LEVELS = "measuring accuracy levels"
 BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
-LORA_HEADER_BYTES = 30_000
+LORA_HEADER_BYTES = 30_000  # names and shapes of an adapter's tensors in GGUF
 GENERAL_TOKENS = 4_100  # of `moments.general_texts`
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 BYTES_A_TOKEN, TEMPLATE_TOKENS = 4.0, 12
@@ -71,7 +71,7 @@ class Box:
     """What was just measured of this box."""
 
     gflops: float  # float32 matrix product
-    python_s: float  # a fixed loop in Python
+    python_s: float  # seconds of a fixed loop in Python
     write_gb_per_s: float  # to OUT's disk, flushed
 
 
@@ -229,8 +229,8 @@ def quantities(shape: Shape) -> dict[str, float]:
         "quantize": (shape.width + f32_copy) * shape.largest,
         "logits": shape.longest_tokens * shape.vocabulary,
         "proof_logits": shape.proof_tokens * shape.vocabulary,
-        "wide": shape.parameters
-        - shape.narrow,  # of K-quants, which take longer to search than the legacy types
+        # In K-quants, which take longer to search than the legacy types.
+        "wide": shape.parameters - shape.narrow,
         "see": (shape.tokens + GENERAL_TOKENS) * (shape.parameters + shape.moment_bytes / 4),
     }
 

@@ -44,12 +44,8 @@ OTHER_FORMATS = ("onnx:int4", "onnx:int8", "gptq:4")
 class Scored:
     """What is known of the tensors: their choices, the file around them, llama.cpp's own mixtures."""
 
-    choices: dict[
-        str, dict[str, tuple[int, float]]
-    ]  # tensor -> type -> (bytes with padding, estimated KL in nats)
-    around_bytes: dict[
-        str, int
-    ]  # variant that decides the other tensors -> bytes of header and those tensors
+    choices: knapsack.Choices  # bytes with padding, estimated KL in nats
+    around_bytes: dict[str, int]  # of header and other tensors, by the variant that decides those
     stock_bytes: dict[str, int]  # variant -> bytes of its file
 
 

@@ -1,7 +1,7 @@
 """Before the work begins: how much memory, disk and time each step will take, and whether this box has it.
 
 Predicted from the shapes in the safetensors headers, from coefficients that were fitted on measured runs (`costs`),
-and from a small matrix product and a small file timed on the spot. What is then seen stands beside it in `artifact.json`.
+and from a small matrix product, a loop in Python and a small file timed on the spot. What is then seen stands beside it in `artifact.json`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 VERSION = 2  # what an earlier one wrote is made again
-DIGITS_APART = (
-    "smollm",
-)  # names of llama.cpp for pre-tokenizers that split digits, which transformers' reader leaves out
+# llama.cpp's names of pre-tokenizers that split digits, which transformers' reader of GGUF leaves out.
+DIGITS_APART = ("smollm",)
 
 
 def dequantize(gguf: str, out: str) -> dict[str, Any]:

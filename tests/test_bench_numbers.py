@@ -174,4 +174,4 @@ def test_an_artefact_of_another_model_is_told_in_the_report(tmp_path):
         created_at="2026-01-01", environment={}, profile={"id": "box"}, results=results, reference="merged",
         workload={"rows": 4, "tasks": "rows.jsonl", "max_tokens": 16, "threads": 2},
     )  # fmt: skip
-    assert [n for n in report.notes(made) if "another merged model" in n][0].startswith("base/q: ")
+    assert next(n for n in report.notes(made) if "another merged model" in n).startswith("base/q: ")
