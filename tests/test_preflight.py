@@ -166,7 +166,10 @@ UNFORESEEN = ("reading the ONNX file", "setting accuracy_level")  # a fraction o
 
 
 def test_predictions_stand_beside_what_was_seen(tiny_dist):
-    """Every step of a real run has its prediction; memory within 25 % where it runs with the CPU build of torch."""
+    """Every step of a real run has its prediction; with the CPU build of torch, anonymous memory within 25 %.
+
+    Pages that mirror files stand in the record beside it, but a kernel may map more of a library's file than was read.
+    """
     torch = pytest.importorskip("torch")
     off = []
     for name in ("merged", "gguf-f16", "gguf-q4_k_m", "onnx-int8"):
@@ -176,7 +179,8 @@ def test_predictions_stand_beside_what_was_seen(tiny_dist):
         assert artifact.size_bytes == pytest.approx(foreseen["size_bytes"], rel=0.25)
         for step in artifact.steps:
             if step["name"] not in UNFORESEEN:
-                ratio = step["predicted"]["peak_rss_bytes"] / step["peak_rss_bytes"]
+                assert step["predicted"]["peak_rss_bytes"] > step["predicted"]["peak_anon_bytes"]
+                ratio = step["predicted"]["peak_anon_bytes"] / step["peak_anon_bytes"]
                 off += [(name, step["name"], ratio)] if not 0.75 < ratio < 1.25 else []
     if "+cpu" in torch.__version__:
         assert not off
