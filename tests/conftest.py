@@ -19,6 +19,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two files are tested at a time: threads that spin while they wait would take the other's core.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each worker of several has cores of its own: threads of two engines on the same core wait for each other."""
+    workers, name = (
+        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+        os.environ.get("PYTEST_XDIST_WORKER", "gw0"),
+    )
+    if workers > 1 and hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))[int(name.removeprefix("gw")) :: workers]
+        if own:
+            os.sched_setaffinity(0, own)
+
+
 # The files that take longest begin first, so that the workers end together (`--no-loadscope-reorder` keeps the order).
 LONGEST_FIRST = (
     "test_formats_tiny.py", "test_line.py", "test_resume.py", "test_format_options.py", "test_gate.py", "test_fit.py",

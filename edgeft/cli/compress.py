@@ -107,10 +107,9 @@ def command(
     artifact.json; what was made from the same inputs before is kept. What fails the gate goes to
     OUT/.rejected, and the command ends with 1 after the other formats (docs/gate.md).
     """
-    import os
-
     from edgeft.compress import Recipe, compress, load_artifact
     from edgeft.compress.gate import summary
+    from edgeft.engines.local import usable_cores
     from edgeft.errors import GateError
     from edgeft.pull import pull
 
@@ -119,7 +118,7 @@ def command(
         formats=formats,
         calibration=calibration,
         name=name,
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or usable_cores(),
         allow_seen_rows=allow_seen_rows,
         eval=evaluation,
         eval_limit=eval_limit,

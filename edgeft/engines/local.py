@@ -118,5 +118,10 @@ def default_threads() -> int:
     """Physical cores that this process may use: hyper-threads slow decoding down."""
     import psutil
 
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_cores()
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may use: `taskset` and a container's cpuset count."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
