@@ -21,10 +21,10 @@ Caller = Callable[[dict[str, Any]], Reply]
 
 @contextmanager
 def caller(
-    target: Target, log: Path, threads: int | None, context: int
+    target: Target, log: Path, threads: int | None, context: int, options: dict[str, Any] | None = None
 ) -> Iterator[tuple[Caller, LocalModel | None]]:
-    """Start what the target needs and yield (ask, the local model if it is one)."""
-    with httpx.Client() as client:
+    """Start what the target needs and yield (ask, the local model if it is one); `options` are the engine's own."""
+    with httpx.Client(limits=httpx.Limits(max_connections=None)) as client:
         if target.engine == "litellm":
             yield _litellm(target.facts["model"]), None
         elif target.engine == "openai":
@@ -34,8 +34,9 @@ def caller(
         else:
             assert target.path is not None
             with LocalModel(
-                target.path, target.engine, log=log, threads=threads, context=context, sample_memory=True
-            ) as local:
+                target.path, target.engine, log=log, threads=threads, context=context, sample_memory=True,
+                options=options,
+            ) as local:  # fmt: skip
 
                 def ask(body: dict[str, Any]) -> Reply:
                     try:

@@ -48,7 +48,7 @@ def page(report: BenchReport) -> str:
 def _accuracy_plot(report: BenchReport) -> str:
     points = []
     for r in report.results:
-        if r["size_bytes"] and r["accuracy"]["n"]:
+        if r["size_bytes"] and (r["accuracy"] or {}).get("n"):
             share, (low, high) = r["accuracy"]["share"], r["accuracy"]["ci95"]
             points.append((r, 100 * share, 100 * (share - low), 100 * (high - share)))
     return _scatter(points, "answers exactly right (%)", (0, 104)) if points else ""
@@ -57,7 +57,7 @@ def _accuracy_plot(report: BenchReport) -> str:
 def _speed_plot(report: BenchReport) -> str:
     points = []
     for r in report.results:
-        decode = (r["speed"] or {}).get("decode_tok_per_s")
+        decode = (r.get("speed") or {}).get("decode_tok_per_s")
         if r["size_bytes"] and decode:
             ordered = sorted(decode["samples"])
             points.append((r, decode["p50"], decode["p50"] - ordered[0], ordered[-1] - decode["p50"]))

@@ -10,7 +10,7 @@ from edgeft.types import BenchReport
 
 COLUMNS = (
     "model", "MB", "bits/w", "right %", "lost/gained", "KLD answer", "KLD all", "same top-1 %", "TTFT ms", "prefill tok/s",
-    "decode tok/s", "peak MB", "start s",
+    "decode tok/s", "of BW %", "J/tok", "peak MB", "start s", "verdict",
 )  # fmt: skip
 
 
@@ -30,26 +30,58 @@ def table_rows(report: BenchReport) -> list[list[str]]:
 
 
 def _row(r: dict[str, Any]) -> list[str]:
-    speed, fidelity, against = r["speed"] or {}, r["fidelity"] or {}, r["against_reference"] or {}
-    accuracy = r["accuracy"]
-    times = speed.get("ttft_s") or accuracy["ttft_s"]
+    speed, fidelity, against = r.get("speed") or {}, r.get("fidelity") or {}, r.get("against_reference") or {}
+    accuracy = r.get("accuracy") or {}
+    times = speed.get("ttft_s") or accuracy.get("ttft_s")
     return [
-        r["id"],
+        r["id"] + ("*" if spoiled(r) else ""),
         number(r["size_bytes"], 1e-6, 0),
         number(r.get("bits_per_weight"), 1, 2),
-        f"{100 * accuracy['share']:.1f} ±{50 * (accuracy['ci95'][1] - accuracy['ci95'][0]):.1f}"
-        if accuracy["n"]
-        else "–",
+        _right(accuracy),
         f"{against['lost']}/{against['gained']}" if against else "–",
         number((fidelity.get("answer") or {}).get("kld_mean"), 1, 4),
         number((fidelity.get("all") or {}).get("kld_mean"), 1, 4),
         number((fidelity.get("all") or {}).get("same_top1"), 100, 1),
-        f"{1e3 * times['p50']:.0f} / {1e3 * times['p95']:.0f}",
+        f"{1e3 * times['p50']:.0f} / {1e3 * times['p95']:.0f}" if times else "–",
         number((speed.get("prefill_tok_per_s") or {}).get("p50"), 1, 0),
-        number((speed.get("decode_tok_per_s") or {}).get("p50"), 1, 1),
-        number((r["memory"] or {}).get("peak_rss_bytes"), 1e-6, 0),
-        number((r["load"] or {}).get("cold_start_s"), 1, 1),
+        within(speed.get("decode_tok_per_s")),
+        number((r.get("roofline") or {}).get("bandwidth_share"), 100, 0),
+        number((r.get("energy") or {}).get("joules_per_output_token"), 1, 2),
+        number((r.get("memory") or {}).get("peak_rss_bytes"), 1e-6, 0),
+        number((r.get("load") or {}).get("cold_start_s"), 1, 1),
+        verdict_of(r),
     ]
+
+
+def _right(accuracy: dict[str, Any]) -> str:
+    if accuracy.get("n"):
+        return f"{100 * accuracy['share']:.1f} ±{50 * (accuracy['ci95'][1] - accuracy['ci95'][0]):.1f}"
+    scored = list((accuracy.get("by_task") or {}).values())
+    return f"{100 * scored[0]['mean']:.1f} {scored[0]['metric']}" if scored else "–"
+
+
+def within(found: dict[str, Any] | None) -> str:
+    """A median with half its interval, as '104.0 ±1.2'."""
+    if not found:
+        return "–"
+    low, high = found["p50_ci95"]
+    return f"{found['p50']:.1f} ±{(high - low) / 2:.1f}"
+
+
+def verdict_of(r: dict[str, Any]) -> str:
+    """PASS, or the limits that fail or are not decided; a dash where no limit is set."""
+    found = r.get("verdict") or []
+    if r.get("error"):
+        return "broke off"
+    bad = [f"{v['verdict']} {v['limit']}" for v in found if v["verdict"] != "PASS"]
+    return "; ".join(bad) if bad else "PASS" if found else "–"
+
+
+def spoiled(r: dict[str, Any]) -> bool:
+    """Was more than a fifth of the rounds disturbed?"""
+    rounds = (r.get("speed") or {}).get("rounds") or 0
+    disturbed = {f["round"] for f in r.get("flags") or [] if f["what"] != "clock"}
+    return bool(rounds) and len(disturbed) > rounds / 5
 
 
 def number(value: float | None, scale: float, digits: int) -> str:
@@ -61,18 +93,19 @@ def notes(report: BenchReport) -> list[str]:
     """What a reader must know of the table, formulas included."""
     w = report.workload
     builds = sorted({r["engine_build"] for r in report.results if r.get("engine_build")})
-    logit_builds = sorted({r["fidelity"]["logits_build"] for r in report.results if r["fidelity"]})
-    found = next((r["fidelity"] for r in report.results if r["fidelity"]), None)
+    logit_builds = sorted({r["fidelity"]["logits_build"] for r in report.results if r.get("fidelity")})
+    found = next((r["fidelity"] for r in report.results if r.get("fidelity")), None)
     lines = [
         f"Measured {report.created_at} on {box_name(report)}, {w['threads']} threads, with {', '.join(builds) or 'remote servers'}.",
         f"right %: answers of {w['rows']} rows of {w['tasks']}, greedy, at most {w['max_tokens']} tokens; "
         "± is half of Wilson's 95 % interval.",
         "lost/gained: rows that the merged model has right and this one wrong, and the other way round.",
         "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; "
-        "decode tok/s = (n-1)/(e2e - TTFT); one stream.",
+        "decode tok/s = (n-1)/(e2e - TTFT), median ± half its bootstrap interval; one stream, models in turns.",
         "peak MB: resident memory over the process tree, sampled every 50 ms; the pages of a memory-mapped file count when touched.",
-        "start s: from spawning the process to ready, imports included.",
+        "start s: from spawning the process to ready, imports included; the kernel was asked to drop the model's files first.",
     ]  # fmt: skip
+    lines += _speed_notes(report) + _limit_notes(report)
     if found:
         lines.append(
             f"KLD: mean KL(merged || this) in nats over the full vocabulary; {found['answer']['positions']} answer positions and "
@@ -87,9 +120,89 @@ def notes(report: BenchReport) -> list[str]:
     return lines
 
 
+def _speed_notes(report: BenchReport) -> list[str]:
+    """Shapes, intervals that stayed wide, disturbances, share of the roofline, energy, what broke."""
+    lines = []
+    timed = [r for r in report.results if r.get("speed")]
+    if timed:
+        shapes = ", ".join(
+            f"{p['asked']['prompt_tokens']} in / {p['asked']['output_tokens']} out"
+            for p in timed[0]["speed"]["points"]
+        )
+        lines.append(f"Speed: {shapes} tokens; the columns show the first shape, report.json all of them.")
+        wide = [r for r in timed if not r["speed"]["settled"]]
+        if wide:
+            listed = ", ".join(f"{r['id']} ({_percent(r['speed']['widest_interval'])})" for r in wide)
+            lines.append(f"The time was up before every median's interval was within 5 %: {listed}.")
+        short = [
+            f"{r['id']} ({r['speed']['shortened_to_tokens']})"
+            for r in timed
+            if r["speed"]["shortened_to_tokens"]
+        ]
+        if short:
+            lines.append(f"Slow, so asked for fewer tokens: {', '.join(short)}.")
+    for r in report.results:
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for flag in r.get("flags") or []:
+            kinds.setdefault(flag["what"], []).append(flag)
+        for found in kinds.values():
+            mark = "* " if spoiled(r) else ""
+            lines.append(
+                f"{mark}{r['id']}: {found[0]['detail']} (in {len(found)} of {r['speed']['rounds']} rounds)."
+            )
+        if r.get("error"):
+            lines.append(f"{r['id']} broke off: {r['error']}")
+    shares = [r["roofline"] for r in report.results if (r.get("roofline") or {}).get("bandwidth_share")]
+    if shares:
+        lines.append(
+            f"of BW %: decode rate x bytes read a token (weights, keys and values) / {shares[0]['bandwidth_gb_per_s']:g} GB/s, "
+            "which is what reading memory was measured at here."
+        )
+        lines += sorted({f"Above 100 %: {s['over_100']}." for s in shares if s["over_100"]})
+    methods = {r["energy"]["method"] for r in report.results if r.get("energy")}
+    lines.append(
+        f"J/tok: joules an output token, prefill included, by {', '.join(sorted(methods))}."
+        if methods
+        else "Energy: not measured."
+    )
+    return lines
+
+
+def _limit_notes(report: BenchReport) -> list[str]:
+    """What the verdicts were held against, and what was predicted for another box."""
+    lines = []
+    limits = report.profile.get("limits") or {}
+    if limits:
+        listed = ", ".join(f"{name} {value:g}" for name, value in limits.items())
+        lines.append(
+            f"verdict: limits of {report.profile['id']} ({listed}), judged by the 95 % interval of the figure."
+        )
+    if doubt := report.profile.get("doubt"):
+        lines.append(
+            f"Is this that box? {doubt[0].upper()}{doubt[1:]}; --predict names a box that one does not own."
+        )
+    for r in report.results:
+        for v in r.get("verdict") or []:
+            if v["verdict"] == "INCONCLUSIVE" and v["value"] is not None:
+                more = f"about {v['n_needed']} samples would decide" if v["n_needed"] else v["why"]
+                lines.append(
+                    f"{r['id']}: {v['limit']} {v['value']:.3g} against {v['bound']:g} is not decided; {more}."
+                )
+        for p in r.get("predictions") or []:
+            fit = {True: "fits", False: "does not fit", None: "memory not known"}[p["fits"]]
+            lines.append(
+                f"{r['id']} on {p['profile']}, predicted: decode {p['decode_tok_per_s']:.0f} tok/s, {fit}; assumes {p['assumes']}."
+            )
+    return lines
+
+
+def _percent(value: float | None) -> str:
+    return "too few samples" if value is None else f"±{100 * value:.0f} %"
+
+
 def box_name(report: BenchReport) -> str:
-    """The box in words."""
-    profile = report.profile
+    """The box that was measured, in words."""
+    profile = report.profile.get("measured_on") or report.profile
     cpu = profile.get("cpu")
     model = cpu.get("model") if isinstance(cpu, dict) else profile.get("cpu_model")
     return str(profile.get("name") or model or profile["id"])

@@ -9,18 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import fidelity, measure
+from edgeft.bench import fidelity, load, roofline, speed
+from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
+from edgeft.bench.energy import Meter
+from edgeft.bench.energy import result as energy_of
 from edgeft.bench.environment import environment
+from edgeft.bench.journal import Journal
+from edgeft.bench.paired import pairs
+from edgeft.bench.pool import Pool, drop_from_cache
 from edgeft.bench.report import write_report
+from edgeft.bench.score import check
+from edgeft.bench.speed import Point
 from edgeft.bench.stats import mcnemar
 from edgeft.bench.targets import Target, find
+from edgeft.bench.verdict import verdicts
 from edgeft.engines.local import default_threads
-from edgeft.files import read_json, sha256_file, sha256_json, write_json
+from edgeft.errors import EnvironmentFault
+from edgeft.files import sha256_file, sha256_json
+from edgeft.profiles import detect, get_profile
 from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash, spread
 from edgeft.types import BenchReport
 
 REFERENCE = "merged"
+ERRORS = ("error", "load-error", "fidelity-error")  # kinds of fact
 
 
 @dataclass(frozen=True)
@@ -29,9 +41,9 @@ class Workload:
 
     tasks: Path  # rows
     limit: int | None = None  # rows to answer, spread over the file
-    repetitions: int = 5  # timed runs of the speed workload
-    output_tokens: int = 64  # forced in each
-    prompt_chars: int = 600  # about 130 tokens of English
+    points: tuple[Point, ...] = (Point(128, 64), Point(512, 16))  # shapes of request that are timed
+    repetitions: int = 5  # timed rounds at least
+    speed_seconds: float = 10.0  # of each model's rounds at most
     max_tokens: int | None = None  # of an answer; from the longest expected answer if None
     fidelity_rows: int = 48
     context: int = 2048
@@ -39,108 +51,196 @@ class Workload:
     speed: bool = True
     fidelity: bool = True
     allow_seen_rows: bool = False
+    load_levels: tuple[int, ...] = ()  # clients at once; none: the load test is left out
+    load_seconds: float = 10.0  # of each level
+    power_csv: Path | None = None  # of a wall meter
+
+    def key(self) -> dict[str, Any]:
+        """What the facts of a run depend on, as JSON."""
+        found = {**asdict(self), "tasks": sha256_file(self.tasks), "points": [str(p) for p in self.points]}
+        return found | {"power_csv": None}  # read when the report is written
 
 
-def bench(places: list[Path], models: list[str], workload: Workload, profile: str, out: Path) -> BenchReport:
-    """Measure every target and write `report.json`, `items.jsonl`, `report.md` and `report.html` into `out`.
+def bench(
+    places: list[Path],
+    models: list[str],
+    workload: Workload,
+    profile: str,
+    out: Path,
+    predict: tuple[str, ...] = (),
+) -> BenchReport:
+    """Measure every target and write `report.json`, `items.jsonl`, `report.md`, `report.csv` and `report.html` into `out`.
 
-    An interrupted run goes on from the last model that was finished. Raises UsageError for wrong
-    inputs before anything is started.
+    An interrupted run goes on from the last round or answer. What breaks is told on its row and the others go on. Raises
+    UsageError for wrong inputs before anything is started.
     """
     rows = spread(load_rows(workload.tasks), workload.limit)
+    check(rows, workload.tasks)
     targets = find(places, models)
     if not workload.allow_seen_rows:
         for target in targets:
             refuse_seen(rows, target.seen_rows, f"measure {target.id}", workload.tasks)
-    box = profile_of(profile)
+    meter = Meter(workload.power_csv)
+    box, others = profile_of(profile), [asdict(get_profile(name)) for name in predict]
     state = out / ".work"
-    state.mkdir(parents=True, exist_ok=True)
     threads = workload.threads or default_threads()
     max_tokens = workload.max_tokens or max(16, max(len(answer_of(row)) for row in rows) // 2)
+    key = sha256_json([[t.id, t.sha256] for t in targets] + [workload.key(), threads])
+    journal = Journal(state / "journal.jsonl", key)
+    if not journal.empty():
+        console.note("  going on with the interrupted run")
     reference = reference_of(targets)
 
-    results: list[dict[str, Any]] = []
-    items: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
-        yardstick = Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
-        for target in targets:
-            key = sha256_json(
-                [
-                    target.id,
-                    target.sha256,
-                    {**asdict(workload), "tasks": sha256_file(workload.tasks)},
-                    threads,
-                ]
-            )
-            kept = state / f"{target.id.replace('/', '+')}.json"
-            if kept.is_file() and (done := read_json(kept))["key"] == key:
-                console.note(f"  {target.id}: kept from the interrupted run")
-            else:
-                result, answers = one(target, rows, workload, threads, max_tokens, yardstick, state)
-                done = {"key": key, "result": result, "items": answers}
-                write_json(kept, done)
-            results.append(done["result"])
-            items += done["items"]
+    measure(targets, rows, workload, threads, max_tokens, box, meter, journal)
+    if workload.fidelity:
+        compare_logits(targets, reference, workload, threads, journal, state)
+    items = [item for target in targets for item in journal.all(target.id, "answer")]
+    results = [entry_of(target, journal, workload, box, meter, others) for target in targets]
     compare_with_reference(results, items, REFERENCE)
     report = BenchReport(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment(),
         profile=box,
         workload={
-            **asdict(workload), "tasks": workload.tasks.name, "tasks_sha256": sha256_file(workload.tasks), "rows": len(rows),
+            **workload.key(), "tasks": workload.tasks.name, "tasks_sha256": sha256_file(workload.tasks), "rows": len(rows),
             "max_tokens": max_tokens, "threads": threads,
         },
         results=results,
         reference=REFERENCE if reference else None,
         seen_rows={"bench": [row_hash(row) for row in rows]},
+        pairs=pairs(items, [target.id for target in targets]),
     )  # fmt: skip
     write_report(report, items, out)
-    for file in state.glob("*.json"):
-        file.unlink()
+    journal.file.unlink()
     return report
 
 
-def one(
-    target: Target,
-    rows: list[Row],
+def measure(
+    targets: list[Target], rows: list[Row], workload: Workload, threads: int, max_tokens: int, box: dict[str, Any],
+    meter: Meter, journal: Journal,
+) -> None:  # fmt: skip
+    """Speed in turns, then each target's answers and its load test; all that is found goes into the journal."""
+    logs = {t.id: journal.file.parent / f"{t.id.replace('/', '+').replace(':', '_')}.log" for t in targets}
+    local = [t for t in targets if t.path is not None]
+    for target in local:
+        if not journal.last(target.id, "start") and target.path:
+            drop_from_cache(target.path)
+    with Pool(threads, workload.context, lambda t: logs[t.id]) as pool:
+        if workload.speed and local:
+            with console.step(f"speed of {len(local)} models, in turns") as say:
+                speed.measure(
+                    local,
+                    pool,
+                    journal,
+                    rows,
+                    workload.points,
+                    workload.repetitions,
+                    workload.speed_seconds,
+                    meter,
+                    say,
+                )
+        for target in targets:
+            answers(target, pool, rows, max_tokens, journal)
+            pool.end(target)
+    for target in local if workload.load_levels else ():
+        under_load(target, rows, workload, threads, box.get("limits") or {}, journal, logs[target.id])
+
+
+def answers(target: Target, pool: Pool, rows: list[Row], max_tokens: int, journal: Journal) -> None:
+    """Ask the rows that are not answered yet; then keep what memory the target took."""
+    left = rows[len(journal.all(target.id, "answer")) :]
+    if journal.last(target.id, "error") or (not left and journal.last(target.id, "answered")):
+        return
+    try:
+        with console.step(f"answers of {target.id}") as say, pool.use(target) as running:
+            speed.keep_start(journal, target, running.local)
+            ask_all(
+                target,
+                running.ask,
+                left,
+                max_tokens,
+                say,
+                lambda item: journal.add(target.id, "answer", item),
+            )
+            peak = running.local.memory.peak if running.local and running.local.memory else None
+            journal.add(target.id, "answered", {"memory": peak})
+    except EnvironmentFault as error:
+        journal.add(target.id, "error", error.message)
+
+
+def under_load(
+    target: Target, rows: list[Row], workload: Workload, threads: int, limits: dict[str, float], journal: Journal, log: Path
+) -> None:  # fmt: skip
+    """Many requests at once, in a process of its own with as many slots."""
+    if any(journal.last(target.id, kind) for kind in ("load", "load-error", "error")):
+        return
+    slots = max(workload.load_levels)
+    try:
+        with (
+            console.step(f"load on {target.id}") as say,
+            caller(target, log, threads, workload.context * slots, {"parallel": slots}) as (ask, _),
+        ):
+            found = load.sweep(ask, rows, list(workload.load_levels), workload.load_seconds, limits, say)
+        journal.add(target.id, "load", {**found, "slots": slots})
+    except EnvironmentFault as error:
+        journal.add(target.id, "load-error", error.message)
+
+
+def compare_logits(
+    targets: list[Target],
+    reference: Target | None,
     workload: Workload,
     threads: int,
-    max_tokens: int,
-    yardstick: Yardstick,
+    journal: Journal,
     state: Path,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """All measurements of one target: (its entry in the report, its lines of items.jsonl)."""
-    log = state / f"{target.id.replace('/', '+').replace(':', '_')}.log"
-    log.unlink(missing_ok=True)
+) -> None:
+    """KLD and its like of every artefact that has none yet."""
+    with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
+        yardstick = Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
+        for target in targets:
+            if target.path is None or journal.all(target.id, "fidelity"):
+                continue
+            log = state / f"{target.id.replace('/', '+')}.logits.log"
+            try:
+                with console.step(f"logits of {target.id}"):
+                    journal.add(target.id, "fidelity", yardstick.compare(target, log))
+            except EnvironmentFault as error:
+                journal.add(target.id, "fidelity-error", error.message)
+
+
+def entry_of(
+    target: Target, journal: Journal, workload: Workload, box: dict[str, Any], meter: Meter, others: list[dict[str, Any]]
+) -> dict[str, Any]:  # fmt: skip
+    """A target's entry in the report, from what the journal holds."""
+    start, items = journal.last(target.id, "start"), journal.all(target.id, "answer")
+    found_speed, flags = speed.result(journal, target, workload.points, workload.speed_seconds)
     result: dict[str, Any] = {
         "id": target.id, "kind": target.kind, "engine": target.engine, "path": str(target.path) if target.path else None,
         "artifact_sha256": target.sha256, "size_bytes": target.size_bytes, **target.facts,
-        "load": None, "speed": None, "memory": None, "fidelity": None, "price": None,
+        "load": None, "speed": found_speed, "memory": None, "price": None,
+        "accuracy": figures(items) if items else None,
+        "fidelity": journal.last(target.id, "fidelity"),
+        "load_test": journal.last(target.id, "load"),
+        "energy": energy_of(journal.all(target.id, "block"), meter),
+        "flags": flags,
+        "error": next((e for kind in ERRORS if (e := journal.last(target.id, kind))), None),
     }  # fmt: skip
-    with console.step(f"measuring {target.id}") as say:
-        with caller(target, log, threads, workload.context) as (ask, local):
-            if local:
-                result["engine_build"] = local.build
-                result["load"] = {
-                    "cold_start_s": local.cold_start_s,
-                    "load_s": local.load_s,
-                    "load_mode": local.load_mode,
-                }
-                if workload.speed:
-                    say("speed")
-                    result["speed"] = measure.speed(
-                        ask, rows, workload.repetitions, workload.output_tokens, workload.prompt_chars
-                    )
-            result["accuracy"], answers = measure.accuracy(target, ask, rows, max_tokens, say)
-        if local and local.memory:
-            result["memory"] = {f"peak_{k}": v for k, v in local.memory.peak.items()}
-            result["memory"]["over"] = "process tree, sampled every 50 ms; load, speed and accuracy runs"
-        if target.kind == "api":
-            result |= price_of(target, result["accuracy"])
-        if workload.fidelity and local:
-            say("KLD")
-            result["fidelity"] = yardstick.compare(target, log)
-    return result, answers
+    if start:
+        first = journal.all(target.id, "start")[0]
+        result["engine_build"] = start["engine_build"]
+        result["load"] = {
+            **{k: first[k] for k in ("cold_start_s", "load_s", "load_mode")},
+            "page_cache": "the kernel was asked to drop the model's files first",
+        }
+    if peak := (journal.last(target.id, "answered") or {}).get("memory"):
+        result["memory"] = {f"peak_{k}": v for k, v in peak.items()}
+        result["memory"]["over"] = "process tree, sampled every 50 ms; load, speed and accuracy runs"
+    if target.kind == "api" and result["accuracy"]:
+        result |= price_of(target, result["accuracy"])
+    result["roofline"] = roofline.share(result, target, box.get("measured_on") or box)
+    result["predictions"] = [p for other in others if (p := roofline.predict(result, other))]
+    result["verdict"] = verdicts(result, box.get("limits") or {}) if target.path else []
+    return result
 
 
 class Yardstick:
@@ -248,9 +348,14 @@ def price_of(target: Target, accuracy: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile_of(name: str) -> dict[str, Any]:
-    """The box: `auto` looks at this one and measures its bandwidth; else a profile by its id, this box's facts beside it."""
-    from edgeft import profiles
+    """The box: `auto` looks at this one and measures it; else a profile by its id, this box as measured beside it.
 
+    `doubt` says where the two can't be the same box.
+    """
     if name == "auto":
-        return {"id": "this-box", **profiles.detect(measure=True)}
-    return {**asdict(profiles.get_profile(name)), "measured_on": profiles.detect(measure=False)}
+        return {"id": "this-box", **detect(measure=True)}
+    profile, here = get_profile(name), detect(measure=True)
+    doubt = None
+    if profile.ram_gb and here["ram_gb"] and not 0.7 < here["ram_gb"] / profile.ram_gb < 1.3:
+        doubt = f"this box has {here['ram_gb']:.0f} GB of RAM and {profile.id} {profile.ram_gb:.0f}"
+    return {**asdict(profile), "measured_on": here, "doubt": doubt}

@@ -12,11 +12,10 @@ RESAMPLES = 2000
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """p50, p95, n, the raw samples and a bootstrap 95 % interval of the median; units are the samples'."""
+    """p50, p90, p95, p99, n, the raw samples and a bootstrap 95 % interval of the median; units are the samples'."""
     values = np.asarray(samples, dtype=float)
     return {
-        "p50": float(np.percentile(values, 50)),
-        "p95": float(np.percentile(values, 95)),
+        **{f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 95, 99)},
         "p50_ci95": bootstrap(values, np.median),
         "n": len(values),
         "samples": [float(v) for v in values],

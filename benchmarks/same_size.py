@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child
-from edgeft.bench import fidelity, measure
+from edgeft.bench import answers as bench_answers
+from edgeft.bench import fidelity
 from edgeft.bench.callers import caller
 from edgeft.bench.stats import wilson
 from edgeft.bench.targets import find
@@ -99,8 +100,8 @@ def answers(folder: Path, rows: list[dict[str, Any]], log: Path) -> dict[str, An
     """Share of exact answers with its interval."""
     (target,) = find([folder], [])
     with caller(target, log, 2, 1024) as (ask, _):
-        figures, _ = measure.accuracy(target, ask, rows, 24, lambda _: None)
-    return {"right": figures["correct"], "n": figures["n"], "ci95": wilson(figures["correct"], figures["n"])}
+        found = bench_answers.figures(bench_answers.ask_all(target, ask, rows, 24, lambda _: None))
+    return {"right": found["correct"], "n": found["n"], "ci95": wilson(found["correct"], found["n"])}
 
 
 def made(work: Path, base: Path, adapter: Path, rows: Path, options: argparse.Namespace) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from edgeft.errors import UsageError
 from edgeft.rows import load_rows
 from edgeft.types import Artifact
 
-SPEED_RUNS, SPEED_TOKENS, SPEED_PROMPT_CHARS = 3, 32, 400
+SPEED_RUNS, SPEED_TOKENS, SPEED_PROMPT_TOKENS = 3, 32, 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def tok_per_s(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> 
                 f"the profile {wanted.profile} has no bandwidth.", "edgeft profiles show …; name another"
             )
         return bandwidth * 1e9 / artifact.size_bytes, f"at most, predicted from {wanted.profile}'s bandwidth"
-    from edgeft.bench import measure
+    from edgeft.bench import speed
     from edgeft.bench.callers import caller
     from edgeft.bench.targets import find
 
@@ -68,7 +68,7 @@ def tok_per_s(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> 
         (target,) = find([out / artifact.id], [])
         with caller(target, out / ".work" / "fit-speed.log", recipe.threads, 1024) as (ask, _):
             rows = load_rows(recipe.eval)
-            found = measure.speed(ask, rows, SPEED_RUNS, SPEED_TOKENS, SPEED_PROMPT_CHARS)
+            found = speed.alone(ask, rows, speed.Point(SPEED_PROMPT_TOKENS, SPEED_TOKENS), SPEED_RUNS)
     return found["decode_tok_per_s"]["p50"], "measured here"
 
 

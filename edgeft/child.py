@@ -174,13 +174,15 @@ class PeakMemory:
         self.largest_anon_bytes = 0
         self._tree: list[Any] = []
         self._samples = 0
+        self.paused = False  # nothing is sampled meanwhile: looking would disturb what else is measured
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def _sample(self) -> None:
         while not self._stop.wait(self.interval_s):
-            self.sample_once()
+            if not self.paused:
+                self.sample_once()
 
     def sample_once(self) -> None:
         """Take one sample now."""

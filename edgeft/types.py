@@ -101,6 +101,7 @@ class BenchReport(Stored):
     results: list[dict[str, Any]]  # one a model under test
     reference: str | None  # the id that KLD and retention are measured against
     seen_rows: dict[str, list[str]] = field(default_factory=dict)
+    pairs: list[dict[str, Any]] = field(default_factory=list)  # every two models on the same rows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from edgeft.bench import fidelity, measure, report
+from edgeft.bench import answers, fidelity, report
 from edgeft.bench.run import compare_with_reference
 from edgeft.bench.score import score
 from edgeft.bench.stats import bootstrap_ratio_of_sums, mcnemar, summary, wilson
@@ -94,7 +94,7 @@ def test_percentiles_keep_their_samples():
         ("choice", "B", "C", 0.0),
         ("numeric", "the answer is 1,200", "so 600 + 600 = 1200.", 1.0),
         ("numeric", "12", "no number", 0.0),
-        ("text", "x", "x", None),
+        ("text", "x", "x", 1.0),
     ],
 )
 def test_scores(task, answer, output, right):
@@ -135,7 +135,7 @@ def test_lost_and_gained_are_paired():
 def test_report_shows_a_dash_for_what_was_not_measured_and_loads_nothing():
     from edgeft.bench.html import page
 
-    accuracy = measure.figures(
+    accuracy = answers.figures(
         [{"score": 1.0, "correct": True, "ttft_s": 0.1, "e2e_s": 0.2, "prompt_tokens": 3, "output_tokens": 2}]
         * 4
     )

@@ -19,7 +19,16 @@ from edgeft.cli import options
     help="Folder for the report.",
 )
 @click.option(
-    "--profile", default="auto", show_default=True, help="Hardware profile; auto describes this box."
+    "--profile",
+    default="auto",
+    show_default=True,
+    help="This box's profile, whose limits are judged; auto describes it and has none.",
+)
+@click.option(
+    "--predict",
+    multiple=True,
+    metavar="PROFILE",
+    help="Also predict for a box that is not here; may be repeated.",
 )
 @click.option(
     "--model",
@@ -30,18 +39,42 @@ from edgeft.cli import options
 )
 @click.option("--limit", type=click.IntRange(1), help="Answer so many rows, spread over the file.")
 @click.option(
+    "--speed-points",
+    default="128x64,512x16",
+    show_default=True,
+    metavar="PxO,…",
+    help="Shapes that are timed: prompt x output tokens.",
+)
+@click.option(
     "--repetitions",
     type=click.IntRange(2),
     default=5,
     show_default=True,
-    help="Timed runs of the speed workload.",
+    help="Timed rounds at least.",
 )
 @click.option(
-    "--output-tokens",
-    type=click.IntRange(8),
-    default=64,
+    "--speed-seconds",
+    type=click.FloatRange(0),
+    default=10,
     show_default=True,
-    help="Tokens generated in each timed run.",
+    help="Time of a model's rounds at most, unless its medians are known within 5 % before.",
+)
+@click.option(
+    "--load",
+    "load_levels",
+    metavar="N,N,…",
+    help="Also ask so many at once, as 1,2,4,8, and by Poisson arrivals.",
+)
+@click.option(
+    "--load-seconds", type=click.FloatRange(1), default=10, show_default=True, help="Time of each level."
+)
+@click.option(
+    "--power-csv",
+    type=click.Path(path_type=Path),
+    help="A wall meter's samples: the columns time and watts.",
+)
+@click.option(
+    "--gate", is_flag=True, help="Exit 1 where a limit of the profile fails, 4 where one is not decided."
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (from the rows if left out).")
 @click.option("--threads", type=click.IntRange(1), help="Threads of an engine (physical cores if left out).")
@@ -64,10 +97,16 @@ def command(
     tasks: Path,
     out: Path,
     profile: str,
+    predict: tuple[str, ...],
     models: tuple[str, ...],
     limit: int | None,
+    speed_points: str,
     repetitions: int,
-    output_tokens: int,
+    speed_seconds: float,
+    load_levels: str | None,
+    load_seconds: float,
+    power_csv: Path | None,
+    gate: bool,
     max_tokens: int | None,
     threads: int | None,
     context: int,
@@ -75,20 +114,27 @@ def command(
     no_speed: bool,
     no_fidelity: bool,
     allow_seen_rows: bool,
-) -> None:
+) -> int:
     """Measure artefacts on this box.
 
     PLACES are what `edgeft compress` wrote (the whole folder or single ones), model folders or GGUF
     files. Writes report.json, items.jsonl, report.md and report.html.
     """
     from edgeft.bench import Workload, bench
+    from edgeft.bench.load import read_levels
     from edgeft.bench.report import COLUMNS, table_rows
+    from edgeft.bench.speed import read_points
+    from edgeft.bench.verdict import gated
 
     workload = Workload(
         tasks=tasks,
         limit=limit,
+        points=read_points(speed_points),
         repetitions=repetitions,
-        output_tokens=output_tokens,
+        speed_seconds=speed_seconds,
+        load_levels=read_levels(load_levels),
+        load_seconds=load_seconds,
+        power_csv=power_csv,
         max_tokens=max_tokens,
         threads=threads,
         context=context,
@@ -97,9 +143,12 @@ def command(
         fidelity=not no_fidelity,
         allow_seen_rows=allow_seen_rows,
     )
-    report = bench(list(places), list(models), workload, profile, out)
+    report = bench(list(places), list(models), workload, profile, out, predict)
     console.result(
         {"report": str(out / "report.json"), "html": str(out / "report.html"), "results": report.results}
     )
     console.table(COLUMNS, table_rows(report))
     console.note(f"  {out / 'report.html'}")
+    if gate:
+        gated(report)
+    return 1 if all(r["error"] for r in report.results) else 0

@@ -31,7 +31,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         p.lora_adapters = [loaded]
     p.model_alias = {options["name"]}
     p.n_ctx = options["context"]
-    p.n_parallel = 1
+    p.n_parallel = options.get("parallel", 1)  # slots, which share the context
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = options["threads"]
     p.n_gpu_layers = options.get("gpu_layers", 0)
     p.fit_params = False

@@ -37,6 +37,7 @@ class LocalModel:
         context: int = 2048,
         name: str = "",
         sample_memory: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.engine, self.log = folder, engine, log
         self.key = secrets.token_urlsafe(24)
@@ -45,6 +46,7 @@ class LocalModel:
             "context": context,
             "key": self.key,
             "name": name or folder.name,
+            **(options or {}),
         }
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()

@@ -1,0 +1,109 @@
+"""Does an artefact hold to a profile's limits? PASS, FAIL or INCONCLUSIVE, from the interval of what was measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from edgeft.errors import GateError, Inconclusive
+
+PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
+# limit of a profile -> (what is held to it, must stay below?)
+JUDGED = {
+    "memory_budget_gb": ("peak memory of the process tree, GB", True),
+    "ttft_s": ("median TTFT, s", True),
+    "tpot_s": ("median TPOT, s", True),
+    "decode_tok_per_s": ("median decode rate, tok/s", False),
+    "watts": ("mean power, W", True),
+}
+
+
+def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
+    """For each limit that is set: the figure, its interval, the verdict, and the samples that would decide."""
+    found = []
+    for limit, bound in limits.items():
+        what, below = JUDGED[limit]
+        value, interval, n = figure(result, limit)
+        entry: dict[str, Any] = {
+            "limit": limit,
+            "what": what,
+            "bound": bound,
+            "value": value,
+            "ci95": interval,
+            "n": n,
+        }
+        if value is None:
+            entry |= {"verdict": INCONCLUSIVE, "why": "not measured", "n_needed": None}
+        else:
+            low, high = interval or (value, value)
+            verdict = judge(low, high, bound, below)
+            entry |= {"verdict": verdict, "why": None, "n_needed": n_needed(value, low, high, bound, n)}
+            if verdict != INCONCLUSIVE:
+                entry["n_needed"] = None
+            elif entry["n_needed"] is None:
+                entry["why"] = "the figure lies on the limit"
+        found.append(entry)
+    return found
+
+
+def judge(low: float, high: float, bound: float, below: bool) -> str:
+    """Is the whole interval on the right side of the bound, on the wrong one, or across it?"""
+    if below:
+        low, high, bound = -high, -low, -bound
+    return PASS if low >= bound else FAIL if high < bound else INCONCLUSIVE
+
+
+def n_needed(value: float, low: float, high: float, bound: float, n: int | None) -> int | None:
+    """Samples at which the interval would no longer reach the bound, if the figure stays: its width goes by 1/sqrt(n)."""
+    distance = abs(value - bound)
+    if not n or not distance:
+        return None
+    reach = value - low if bound < value else high - value
+    return max(n + 1, math.ceil(n * (reach / distance) ** 2))
+
+
+def figure(result: dict[str, Any], limit: str) -> tuple[float | None, tuple[float, float] | None, int | None]:
+    """(value, interval, n) of what a limit is about; None where it was not measured."""
+    if limit == "memory_budget_gb":
+        peak = (result.get("memory") or {}).get("peak_rss_bytes")
+        return (peak / 1e9 if peak else None), None, None
+    if limit == "watts":
+        energy = result.get("energy") or {}
+        return energy.get("mean_w"), energy.get("mean_w_ci95"), energy.get("n")
+    found = (result.get("speed") or {}).get(limit)
+    if not found:
+        return None, None, None
+    return found["p50"], tuple(found["p50_ci95"]), found["n"]
+
+
+def gated(report: Any) -> None:
+    """Raise GateError where an artefact fails a limit, Inconclusive where one is not decided or no limit was set.
+
+    The reference is judged only where nothing else was measured: it is there to be compared with.
+    """
+    others = [r for r in report.results if r["id"] != report.reference] or report.results
+    found = [(r["id"], v) for r in others for v in r.get("verdict") or []]
+    broken = [r for r in others if r.get("error")]
+    failed = [
+        f"{name}: {v['limit']} {v['value']:.3g} against {v['bound']:g}"
+        for name, v in found
+        if v["verdict"] == FAIL
+    ]
+    if failed or broken:
+        words = failed + [f"{r['id']} broke off: {r['error']}" for r in broken]
+        raise GateError(
+            f"{len(words)} limit(s) do not hold; {words[0]}", "edgeft bench … --profile of a larger box"
+        )
+    if not found:
+        raise Inconclusive(
+            f"the profile {report.profile['id']} sets no limits.", "edgeft profiles list; --profile ID"
+        )
+    if open_ := [(name, v) for name, v in found if v["verdict"] == INCONCLUSIVE]:
+        name, v = open_[0]
+        why = (
+            v["why"] or f"{v['value']:.3g} against {v['bound']:g}; about {v['n_needed']} samples would decide"
+        )
+        raise Inconclusive(
+            f"{len(open_)} limit(s) are not decided; {name}: {v['limit']}, {why}",
+            "--repetitions and --speed-seconds give more samples",
+        )
