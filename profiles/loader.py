@@ -18,12 +18,12 @@ from edgeft.home import config_dir
 
 KINDS = ("cpu", "gpu", "soc")
 BASES = ("published", "estimate", "measured")
-GEMM = (
-    "gemm_f32_gflop_per_s",
-    "gemm_bf16_gflop_per_s",
-    "gemm_f16_gflop_per_s",
-    "gemm_int8_gop_per_s",
-)
+GEMM = {
+    "gemm_f32_gflop_per_s": "float32",
+    "gemm_bf16_gflop_per_s": "bfloat16",
+    "gemm_f16_gflop_per_s": "float16",
+    "gemm_int8_gop_per_s": "int8",
+}
 FIGURES = (
     "ram_gb",
     "vram_gb",
@@ -54,7 +54,9 @@ class Profile:
     ram_gb: float | None = None  # 10**9 bytes
     vram_gb: float | None = None
     bandwidth_gb_per_s: float | None = None  # reading the memory that the model lies in
-    bandwidth_measured_gb_per_s: float | None = None  # what somebody measured of it, beside a published figure
+    bandwidth_measured_gb_per_s: float | None = (
+        None  # what somebody measured of it, beside a published figure
+    )
     gemm_f32_gflop_per_s: float | None = None  # dense matrix multiplication by the whole box, 10**9 a second
     gemm_bf16_gflop_per_s: float | None = None
     gemm_f16_gflop_per_s: float | None = None  # accumulated in float32
