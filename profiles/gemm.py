@@ -19,12 +19,12 @@ from edgeft.profiles.loader import GEMM
 SIZES = (256, 512, 1024, 2048)
 PASSES = 8  # at most so many of one size
 # What else can multiply, and how long importing it and multiplying may take: `detect` stays under 20 s.
-RUNTIMES = {"torch": 12.0, "onnxruntime": 4.0}
+RUNTIMES = {"torch": 11.0, "onnxruntime": 3.0}
 UINT8, INT8, INT32 = 2, 3, 6  # TensorProto.DataType of onnx.proto
 Found = dict[str, dict[str, Any]]
 
 
-def gemm_rates(threads: int, budget_s: float = 0.8) -> Found:
+def gemm_rates(threads: int, budget_s: float = 0.6) -> Found:
     """For each figure of GEMM its `rate` (10**9 operations a second) and `method`, else None and a `reason`.
 
     `budget_s` bounds the passes of one precision in one runtime.
