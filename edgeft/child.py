@@ -45,7 +45,13 @@ _steps: ContextVar[tuple[list[dict[str, Any]], Path | None] | None] = ContextVar
 
 
 def call(
-    function: str, *, log: Path, title: str, env: dict[str, str] | None = None, **arguments: Any
+    function: str,
+    *,
+    log: Path,
+    title: str,
+    env: dict[str, str] | None = None,
+    timeout_s: float | None = None,
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Call `package.module:function(**arguments)` in a child process and return its dict.
 
@@ -55,9 +61,8 @@ def call(
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
         spec, answer = Path(scratch, "spec.json"), Path(scratch, "answer.json")
         spec.write_text(json.dumps({"function": function, "arguments": arguments, "answer": str(answer)}))
-        spent = run(
-            [sys.executable, "-m", "edgeft.child", str(spec)], log=log, title=title, env=env, check=False
-        )
+        command = [sys.executable, "-m", "edgeft.child", str(spec)]
+        spent = run(command, log=log, title=title, env=env, check=False, timeout_s=timeout_s)
         if answer.exists():
             value = json.loads(answer.read_text())
             if "error" in value:
@@ -67,13 +72,19 @@ def call(
 
 
 def run(
-    command: list[str], *, log: Path, title: str = "", env: dict[str, str] | None = None, check: bool = True
+    command: list[str],
+    *,
+    log: Path,
+    title: str = "",
+    env: dict[str, str] | None = None,
+    check: bool = True,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
     """Run a command with its output appended to `log`; its process group ends when the caller is interrupted.
 
     Returns `exit_code`, `wall_s`, `peak_rss_bytes` (the largest sum of resident memory over the process tree,
     sampled every 50 ms) and `peak_anon_bytes` (likewise, file-backed pages left out). Raises EnvironmentFault
-    where `check` and the command fails.
+    where `check` and the command fails, or where it is not done after `timeout_s`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -88,7 +99,10 @@ def run(
         )
         peak = PeakMemory(process.pid)
         try:
-            code = process.wait()
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            end_group(process, grace_s=0.5)
+            raise EnvironmentFault(f"{title} was not done after {timeout_s:g} s.", f"less {log}") from None
         except BaseException:
             end_group(process)
             raise

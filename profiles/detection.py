@@ -15,29 +15,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from edgeft.profiles import sensors
+from edgeft.profiles.loader import FIGURES, GEMM
+
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FOLDER = Path("/sys/devices/system/cpu")
-X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "f16c", "fma")
-ARM = {"neon": "asimd", "dotprod": "asimddp", "i8mm": "i8mm", "sve": "sve"}  # our name -> the kernel's
-MACOS = {"neon": "AdvSIMD", "dotprod": "arm.FEAT_DotProd", "i8mm": "arm.FEAT_I8MM"}
+X86 = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "f16c", "fma")
+ARM = {  # our name -> the kernel's
+    "neon": "asimd", "fp16": "asimdhp", "dotprod": "asimddp", "i8mm": "i8mm", "bf16": "bf16", "sve": "sve",
+}  # fmt: skip
+MACOS = {
+    "neon": "AdvSIMD", "fp16": "arm.FEAT_FP16", "dotprod": "arm.FEAT_DotProd", "i8mm": "arm.FEAT_I8MM",
+    "bf16": "arm.FEAT_BF16",
+}  # fmt: skip
 
 
 def detect(measure: bool = True) -> dict[str, Any]:
     """This box as a dict whose top keys are a profile's own (`id`, `ram_gb`, `bandwidth_gb_per_s`, …).
 
-    With `measure` reads memory and multiplies matrices for a few seconds; without, takes no time to
+    With `measure` reads memory and multiplies matrices, in under 20 s; without, takes no time to
     speak of and leaves those figures None. The id is made of CPU, cores and memory, so the same box
     gets the same id. `kind` is cpu: what is measured is what edgeft's CPU engines use.
     """
     reasons: dict[str, str] = {}
     cpu, memory, gpu = cpu_facts(reasons), memory_facts(reasons), gpu_facts(reasons)
     bandwidth = gemm = None
+    before = sensors.throttle_state()
     if measure:
         bandwidth, gemm = _measure(cpu, memory, reasons)
     else:
-        reasons["bandwidth_gb_per_s"] = reasons["gemm_f32_gflop_per_s"] = (
-            "not asked for: detect(measure=False)"
-        )
+        reasons.update(dict.fromkeys(("bandwidth_gb_per_s", *GEMM), "not asked for: detect(measure=False)"))
     ram_gb = round(memory["total_bytes"] / 1e9, 1) if memory["total_bytes"] else None
     cores = cpu["usable_cores"]
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -49,7 +56,7 @@ def detect(measure: bool = True) -> dict[str, Any]:
         "ram_gb": ram_gb,
         "vram_gb": gpu[0]["vram_gb"] if gpu else None,
         "bandwidth_gb_per_s": bandwidth["gb_per_s"] if bandwidth else None,
-        "gemm_f32_gflop_per_s": gemm["gflop_per_s"] if gemm else None,
+        **{key: gemm[key]["rate"] if gemm else None for key in GEMM},
         "as_of": now[:10],
         "source": "edgeft profiles detect",
         "limits": {},
@@ -66,12 +73,13 @@ def detect(measure: bool = True) -> dict[str, Any]:
         "virtualized": virtualized(reasons),
         "gpu": gpu,
         "bandwidth": bandwidth,
-        "gemm_f32": gemm,
+        "gemm": gemm,
+        "throttling": throttling(before, reasons),
         "thermal_c": thermal_sensors(reasons),
         "load_average_1m": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
-    figures = ("ram_gb", "vram_gb", "bandwidth_gb_per_s")
-    return {**box, "basis": {k: "measured" for k in figures if box[k] is not None}, "reasons": reasons}
+    basis = {key: "measured" for key in FIGURES if box.get(key) is not None}
+    return {**box, "basis": basis, "reasons": reasons}
 
 
 def box_id(model: str | None, cores: int, ram_gb: float | None) -> str:
@@ -85,11 +93,9 @@ def box_id(model: str | None, cores: int, ram_gb: float | None) -> str:
 
 def as_profile(box: dict[str, Any]) -> dict[str, Any]:
     """The keys of a detected box that a profile file holds, ready for YAML."""
-    from edgeft.profiles.loader import FIGURES
-
     value = {key: box[key] for key in ("id", "name", "kind", *FIGURES) if box.get(key) is not None}
-    method = (box.get("bandwidth") or {}).get("method")
-    notes = f"Bandwidth: {method}. " if method else ""
+    methods = {"Bandwidth": box.get("bandwidth"), **{key: (box.get("gemm") or {}).get(key) for key in GEMM}}
+    notes = "".join(f"{what}: {by['method']}. " for what, by in methods.items() if by and by["method"])
     return {
         **value,
         "basis": box["basis"],
@@ -101,18 +107,28 @@ def as_profile(box: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(cpu: dict[str, Any], memory: dict[str, Any], reasons: dict[str, str]) -> tuple[Any, Any]:
     try:
-        from edgeft.profiles.probes import gemm_f32, read_bandwidth
+        from edgeft.profiles.gemm import gemm_rates
+        from edgeft.profiles.probes import read_bandwidth
 
         bandwidth = read_bandwidth(
             cpu["usable_cores"], cpu["last_level_cache_bytes"], memory["available_bytes"]
         )
-        gemm = gemm_f32()
+        gemm = gemm_rates(cpu["usable_cores"])
     except ImportError as error:
-        reasons["bandwidth_gb_per_s"] = reasons["gemm_f32_gflop_per_s"] = f"this needs {error.name}"
+        reasons.update(dict.fromkeys(("bandwidth_gb_per_s", *GEMM), f"this needs {error.name}"))
         return None, None
-    if bandwidth["reason"]:
-        reasons["bandwidth_gb_per_s"] = bandwidth["reason"]
+    found = {"bandwidth_gb_per_s": bandwidth, **gemm}
+    reasons.update({key: value["reason"] for key, value in found.items() if value["reason"]})
     return bandwidth, gemm
+
+
+def throttling(before: dict[str, Any], reasons: dict[str, str]) -> dict[str, Any] | None:
+    """The sensors of throttling, what they saw since the state `before`, and what they say now."""
+    state = sensors.throttle_state()
+    if not state["sensors"]:
+        reasons["throttling"] = "no sensor of it shows itself, as in most virtual machines"
+        return None
+    return {"sensors": state["sensors"], "seen": sensors.throttled(before, state), "state": state}
 
 
 def cpu_facts(reasons: dict[str, str]) -> dict[str, Any]:
@@ -224,26 +240,22 @@ def memory_facts(reasons: dict[str, str]) -> dict[str, Any]:
 
 
 def gpu_facts(reasons: dict[str, str]) -> list[dict[str, Any]] | None:
-    """NVIDIA GPUs by nvidia-smi: name, VRAM (10**9 bytes), driver, power limit. None without an answer."""
+    """NVIDIA GPUs by nvidia-smi: name, VRAM (10**9 bytes), driver, power limit, compute capability. Else None."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         reasons["gpu"] = "nvidia-smi is not on the PATH; GPUs of other makers are not looked for"
         return None
-    query = [
-        tool,
-        "--query-gpu=name,memory.total,driver_version,power.limit",
-        "--format=csv,noheader,nounits",
-    ]
+    keys = ["name", "memory.total", "driver_version", "power.limit", "compute_cap"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+        done = _query(tool, keys)
+        if done.returncode != 0 and "compute_cap" in done.stdout + done.stderr:
+            reasons["gpu.compute_capability"] = "this nvidia-smi does not know compute_cap"
+            done = _query(tool, keys[:-1])
     except (OSError, subprocess.TimeoutExpired) as error:
         reasons["gpu"] = f"nvidia-smi did not answer: {error}"
         return None
-    rows = [
-        [cell.strip() for cell in line.split(",")]
-        for line in done.stdout.splitlines()
-        if line.count(",") == 3
-    ]
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [row for row in rows if len(row) in (len(keys), len(keys) - 1)]
     if done.returncode != 0 or not rows:
         reasons["gpu"] = (
             f"nvidia-smi failed (exit {done.returncode}): {(done.stdout + done.stderr).strip()[:200]}"
@@ -255,9 +267,15 @@ def gpu_facts(reasons: dict[str, str]) -> list[dict[str, Any]] | None:
             "vram_gb": _scaled(mib, 1.048576e-3),
             "driver": driver,
             "power_limit_w": _scaled(watts, 1),
+            "compute_capability": more[0] if more and _scaled(more[0], 1) is not None else None,
         }
-        for name, mib, driver, watts in rows
+        for name, mib, driver, watts, *more in rows
     ]
+
+
+def _query(tool: str, keys: list[str]) -> subprocess.CompletedProcess[str]:
+    query = [tool, f"--query-gpu={','.join(keys)}", "--format=csv,noheader,nounits"]
+    return subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
 
 
 def _scaled(text: str, factor: float) -> float | None:

@@ -18,8 +18,22 @@ from edgeft.home import config_dir
 
 KINDS = ("cpu", "gpu", "soc")
 BASES = ("published", "estimate", "measured")
-FIGURES = ("ram_gb", "vram_gb", "bandwidth_gb_per_s", "power_idle_w", "power_load_w")
-LIMITS = ("memory_budget_gb", "ttft_s", "decode_tok_per_s")
+GEMM = {
+    "gemm_f32_gflop_per_s": "float32",
+    "gemm_bf16_gflop_per_s": "bfloat16",
+    "gemm_f16_gflop_per_s": "float16",
+    "gemm_int8_gop_per_s": "int8",
+}
+FIGURES = (
+    "ram_gb",
+    "vram_gb",
+    "bandwidth_gb_per_s",
+    "bandwidth_measured_gb_per_s",
+    *GEMM,
+    "power_idle_w",
+    "power_load_w",
+)
+LIMITS = ("memory_budget_gb", "ttft_s", "tpot_s", "decode_tok_per_s", "watts")
 TEXTS = ("id", "name", "kind", "as_of", "source", "notes")
 KEYS = (*TEXTS, *FIGURES, "price_usd", "basis", "limits")
 REQUIRED = ("id", "name", "kind", "as_of", "source")
@@ -40,6 +54,13 @@ class Profile:
     ram_gb: float | None = None  # 10**9 bytes
     vram_gb: float | None = None
     bandwidth_gb_per_s: float | None = None  # reading the memory that the model lies in
+    bandwidth_measured_gb_per_s: float | None = (
+        None  # what somebody measured of it, beside a published figure
+    )
+    gemm_f32_gflop_per_s: float | None = None  # dense matrix multiplication by the whole box, 10**9 a second
+    gemm_bf16_gflop_per_s: float | None = None
+    gemm_f16_gflop_per_s: float | None = None  # accumulated in float32
+    gemm_int8_gop_per_s: float | None = None  # accumulated in int32
     power_idle_w: float | None = None
     power_load_w: float | None = None
     price_usd: tuple[float, float] | None = None  # low, high
@@ -47,6 +68,13 @@ class Profile:
     limits: dict[str, float] = field(default_factory=dict)
     notes: str = ""
     origin: str = "packaged"  # or the file it was read from, or "detected"
+
+    @property
+    def usable_bandwidth_gb_per_s(self) -> float | None:
+        """The bandwidth that a prediction should count on: the measured one where there is one."""
+        if self.bandwidth_measured_gb_per_s is not None:
+            return self.bandwidth_measured_gb_per_s
+        return self.bandwidth_gb_per_s
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain JSON types."""
@@ -171,7 +199,7 @@ def _range(value: Any, key: str, where: str) -> tuple[float, float]:
 
 
 def _basis(value: Any, given: list[str], where: str) -> dict[str, str]:
-    """The basis of every figure given; what the file leaves out is an estimate."""
+    """The basis of every figure given; what the file leaves out is an estimate, but for what its key calls measured."""
     value = {} if value is None else value
     if not isinstance(value, dict):
         raise UsageError(f"'basis' in {where} is {_seen(value)}, not a map.", f"edit 'basis' in {where}")
@@ -185,7 +213,8 @@ def _basis(value: Any, given: list[str], where: str) -> dict[str, str]:
             raise UsageError(
                 f"{where} has a basis for '{figure}' and no '{figure}'.", f"add '{figure}: ...' to {where}"
             )
-    return {figure: value.get(figure, "estimate") for figure in given}
+    implied = {"bandwidth_measured_gb_per_s": "measured"}
+    return {figure: value.get(figure, implied.get(figure, "estimate")) for figure in given}
 
 
 def _limits(value: Any, where: str) -> dict[str, float]:

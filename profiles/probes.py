@@ -1,7 +1,6 @@
-"""Measure a box: reading memory and multiplying matrices, with numpy alone.
+"""How fast this box reads memory, with numpy alone.
 
-Each figure comes with its method. A box that other work keeps busy measures low, so the load
-average is recorded beside them.
+A box that other work keeps busy measures low, so `detect` records the load average beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ MB = 1_000_000
 def read_bandwidth(
     threads: int, cache_bytes: int | None, free_bytes: int | None, budget_s: float = 2.0
 ) -> dict[str, Any]:
-    """Memory read bandwidth in GB/s (10**9 bytes): the best pass of three read kernels, one thread a core.
+    """Memory read bandwidth in GB/s (10**9 bytes): the best pass of four read kernels, one thread a core.
 
     The array is at least 4x the last-level cache (metrics.md, Roofline); where a quarter of the free
     memory does not hold that, the figure is left out. `budget_s` bounds the time of all passes.
@@ -37,10 +36,12 @@ def read_bandwidth(
         parts[index] = np.ones(count, dtype=np.float32)
 
     _together([partial(fill, i) for i in range(threads)])
+    # The dot product of an array with itself goes through BLAS, whose loops are vectorised whatever numpy's own are.
     kernels: dict[str, Callable[[Any], Any]] = {
         "max of float32": np.max,
         "sum of float64": lambda part: part.view(np.float64).sum(),
         "or of int64": lambda part: np.bitwise_or.reduce(part.view(np.int64)),
+        "dot product of float32": lambda part: np.dot(part, part),
     }
     best = {}
     for name, kernel in kernels.items():
@@ -58,42 +59,6 @@ def read_bandwidth(
         f"{threads} threads over {wanted / MB:.0f} MB; last-level cache {cache}",
         "reason": None,
     }
-
-
-def gemm_f32(budget_s: float = 1.2) -> dict[str, Any]:
-    """Matrix multiplication in float32, GFLOP/s: the best pass of 2 n**3 / time over n = 512, 1024, 2048."""
-    import numpy as np
-
-    best, best_n = 0.0, 0
-    started = time.perf_counter()
-    for n in (512, 1024, 2048):
-        a = np.full((n, n), 0.5, dtype=np.float32)
-        out = np.empty_like(a)
-        spans: list[float] = []
-        if best and 2 * n**3 / best / 1e9 > budget_s / 2:
-            break  # one pass would take too long on this box
-        while len(spans) < 2 or (len(spans) < 5 and time.perf_counter() - started < budget_s):
-            begun = time.perf_counter()
-            np.matmul(a, a, out=out)
-            spans.append(time.perf_counter() - begun)
-        rate = 2 * n**3 / min(spans) / 1e9
-        if rate > best:
-            best, best_n = rate, n
-    return {
-        "gflop_per_s": round(best, 1),
-        "method": f"best pass of numpy float32 matmul, n = {best_n}, BLAS: {_blas()}, its own threads",
-        "reason": None,
-    }
-
-
-def _blas() -> str:
-    import numpy as np
-
-    try:
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        return f"{blas['name']} {blas['version']}"
-    except (KeyError, TypeError):
-        return "not known"
 
 
 def _absent(reason: str) -> dict[str, Any]:

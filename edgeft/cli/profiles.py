@@ -26,7 +26,7 @@ def list_command() -> None:
 
     profiles = list(load_profiles().values())
     console.table(
-        ("profile", "kind", "memory GB", "GB/s", "idle W", "load W", "USD", "as of", "from"),
+        ("profile", "kind", "memory GB", "GB/s", "measured", "idle W", "load W", "USD", "as of", "from"),
         [_row(p) for p in profiles],
     )
     console.result(
@@ -38,7 +38,8 @@ def list_command() -> None:
 
 def _row(p: Any) -> tuple[str, ...]:
     memory = "vram_gb" if p.kind == "gpu" else "ram_gb"
-    cells = (_figure(p, key) for key in (memory, "bandwidth_gb_per_s", "power_idle_w", "power_load_w"))
+    keys = (memory, "bandwidth_gb_per_s", "bandwidth_measured_gb_per_s", "power_idle_w", "power_load_w")
+    cells = (_figure(p, key) for key in keys)
     return (
         p.id,
         p.kind,
@@ -67,15 +68,17 @@ def _figure(p: Any, key: str) -> str:
 def show_command(profile_id: str) -> None:
     """Show one profile and what each of its figures rests on."""
     from edgeft.profiles import get_profile
+    from edgeft.profiles.loader import FIGURES, GEMM
 
     p = get_profile(profile_id)
-    keys = ("ram_gb", "vram_gb", "bandwidth_gb_per_s", "power_idle_w", "power_load_w", "price_usd")
+    keys = (*FIGURES, "price_usd")
     rows = [
         (key, _figure(p, key).rsplit(" ", 1)[0], p.basis[key]) for key in keys if getattr(p, key) is not None
     ]
     rows += [(f"limits.{key}", f"{value:g}", "goal") for key, value in p.limits.items()]
     console.table((p.id, "value", "basis"), rows, title=f"{p.name} ({p.kind})")
-    missing = [key for key in keys[2:] if getattr(p, key) is None]
+    wanted = ("bandwidth_gb_per_s", *GEMM, "power_idle_w", "power_load_w", "price_usd")
+    missing = [key for key in wanted if getattr(p, key) is None]
     lines = [f"as of {p.as_of}; source: {p.source}", *([p.notes] if p.notes else [])]
     lines += [f"not known: {', '.join(missing)}"] if missing else []
     console.result(p.to_dict(), "\n".join(lines))
@@ -87,7 +90,7 @@ def show_command(profile_id: str) -> None:
 def detect_command(out: Path | None) -> None:
     """Measure this box: CPU, memory, GPU, bandwidth, matrix multiplication.
 
-    Takes about four seconds. With --out, writes what a profile holds; add power and price by hand.
+    Takes about ten seconds, under 20. With --out, writes what a profile holds; add power and price by hand.
     """
     from edgeft.files import write_text
     from edgeft.home import config_dir
@@ -117,8 +120,12 @@ def _facts(box: dict[str, Any]) -> list[tuple[str, str]]:
     caches = ", ".join(
         f"{c['count']} x L{c['level']} {c['type'].lower()} {c['bytes'] // 1024} KiB" for c in cpu["caches"]
     )
-    gpus = [f"{g['name']}, {g['vram_gb']} GB, driver {g['driver']}" for g in box["gpu"] or []]
-    bandwidth, gemm = box["bandwidth"] or {}, box["gemm_f32"] or {}
+    gpus = [
+        f"{g['name']}, {g['vram_gb']} GB, driver {g['driver']}"
+        + (f", compute capability {g['compute_capability']}" if g["compute_capability"] else "")
+        for g in box["gpu"] or []
+    ]
+    bandwidth = box["bandwidth"] or {}
     facts: list[tuple[str, Any]] = [
         ("CPU", cpu["model"]),
         (
@@ -135,12 +142,30 @@ def _facts(box: dict[str, Any]) -> list[tuple[str, str]]:
         ("GPU", "; ".join(gpus) or None),
         ("memory read", f"{bandwidth['gb_per_s']} GB/s" if bandwidth.get("gb_per_s") else None),
         ("  method", bandwidth.get("method")),
-        ("GEMM float32", f"{gemm['gflop_per_s']} GFLOP/s" if gemm else None),
-        ("  method", gemm.get("method")),
+        *_gemm_facts(box["gemm"] or {}),
+        ("throttling", _throttling(box["throttling"])),
         ("temperature", ", ".join(f"{k} {v:.0f} C" for k, v in (box["thermal_c"] or {}).items()) or None),
         ("load average", box["load_average_1m"]),
     ]
     return [(name, "not known" if value is None else str(value)) for name, value in facts]
+
+
+def _gemm_facts(gemm: dict[str, Any]) -> list[tuple[str, Any]]:
+    from edgeft.profiles.loader import GEMM
+
+    facts: list[tuple[str, Any]] = []
+    for key, name in GEMM.items():
+        found = gemm.get(key) or {"rate": None, "method": None}
+        unit = "GOP/s" if key.endswith("gop_per_s") else "GFLOP/s"
+        facts.append((f"GEMM {name}", None if found["rate"] is None else f"{found['rate']} {unit}"))
+        facts.append(("  method", found["method"]))
+    return facts
+
+
+def _throttling(found: dict[str, Any] | None) -> str | None:
+    if found is None:
+        return None
+    return "; ".join(found["seen"]) or f"none seen by {', '.join(found['sensors'])}"
 
 
 def _gb(byte_count: int | None, more: str = "") -> str:
