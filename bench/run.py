@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import fidelity, load, roofline, speed
+from edgeft.bench import autotune, fidelity, load, roofline, speed
 from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
@@ -24,6 +24,7 @@ from edgeft.bench.speed import Point
 from edgeft.bench.stats import mcnemar
 from edgeft.bench.targets import Target, find
 from edgeft.bench.verdict import verdicts
+from edgeft.engines import run_profile
 from edgeft.engines.local import default_threads
 from edgeft.errors import EnvironmentFault
 from edgeft.files import sha256_file, sha256_json
@@ -54,6 +55,8 @@ class Workload:
     load_levels: tuple[int, ...] = ()  # clients at once; none: the load test is left out
     load_seconds: float = 10.0  # of each level
     power_csv: Path | None = None  # of a wall meter
+    autotune_seconds: float = 0.0  # of each artefact's search; 0: none
+    speculate: bool = False  # let the search try drafts
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""
@@ -91,7 +94,9 @@ def bench(
         console.note("  going on with the interrupted run")
     reference = reference_of(targets)
 
-    measure(targets, rows, workload, threads, max_tokens, box, meter, journal)
+    if workload.autotune_seconds:
+        tune_all(targets, rows, workload, journal)
+    measure(targets, rows, workload, max_tokens, box, meter, journal)
     if workload.fidelity:
         compare_logits(targets, reference, workload, threads, journal, state)
     items = [item for target in targets for item in journal.all(target.id, "answer")]
@@ -115,9 +120,21 @@ def bench(
     return report
 
 
+def tune_all(targets: list[Target], rows: list[Row], workload: Workload, journal: Journal) -> None:
+    """Search each artefact's options and keep them beside it as its run profile."""
+    for target in targets:
+        if target.kind != "artifact" or target.path is None or journal.last(target.id, "tuned"):
+            continue
+        log = journal.file.parent / f"{target.id.replace('/', '+')}.autotune.log"
+        with console.step(f"tuning {target.id}") as say:
+            found = autotune.tune(target, targets, rows, workload, log, say)
+        run_profile.keep(target.path, found)
+        journal.add(target.id, "tuned", found)
+
+
 def measure(
-    targets: list[Target], rows: list[Row], workload: Workload, threads: int, max_tokens: int, box: dict[str, Any],
-    meter: Meter, journal: Journal,
+    targets: list[Target], rows: list[Row], workload: Workload, max_tokens: int, box: dict[str, Any], meter: Meter,
+    journal: Journal,
 ) -> None:  # fmt: skip
     """Speed in turns, then each target's answers and its load test; all that is found goes into the journal."""
     logs = {t.id: journal.file.parent / f"{t.id.replace('/', '+').replace(':', '_')}.log" for t in targets}
@@ -125,7 +142,7 @@ def measure(
     for target in local:
         if not journal.last(target.id, "start") and target.path:
             drop_from_cache(target.path)
-    with Pool(threads, workload.context, lambda t: logs[t.id]) as pool:
+    with Pool(workload.threads, workload.context, lambda t: logs[t.id]) as pool:
         if workload.speed and local:
             with console.step(f"speed of {len(local)} models, in turns") as say:
                 speed.measure(
@@ -143,7 +160,7 @@ def measure(
             answers(target, pool, rows, max_tokens, journal)
             pool.end(target)
     for target in local if workload.load_levels else ():
-        under_load(target, rows, workload, threads, box.get("limits") or {}, journal, logs[target.id])
+        under_load(target, rows, workload, box.get("limits") or {}, journal, logs[target.id])
 
 
 def answers(target: Target, pool: Pool, rows: list[Row], max_tokens: int, journal: Journal) -> None:
@@ -169,8 +186,8 @@ def answers(target: Target, pool: Pool, rows: list[Row], max_tokens: int, journa
 
 
 def under_load(
-    target: Target, rows: list[Row], workload: Workload, threads: int, limits: dict[str, float], journal: Journal, log: Path
-) -> None:  # fmt: skip
+    target: Target, rows: list[Row], workload: Workload, limits: dict[str, float], journal: Journal, log: Path
+) -> None:
     """Many requests at once, in a process of its own with as many slots."""
     if any(journal.last(target.id, kind) for kind in ("load", "load-error", "error")):
         return
@@ -178,7 +195,7 @@ def under_load(
     try:
         with (
             console.step(f"load on {target.id}") as say,
-            caller(target, log, threads, workload.context * slots, {"parallel": slots}) as (ask, _),
+            caller(target, log, workload.threads, workload.context * slots, {"parallel": slots}) as (ask, _),
         ):
             found = load.sweep(ask, rows, list(workload.load_levels), workload.load_seconds, limits, say)
         journal.add(target.id, "load", {**found, "slots": slots})
@@ -223,6 +240,8 @@ def entry_of(
         "load_test": journal.last(target.id, "load"),
         "energy": energy_of(journal.all(target.id, "block"), meter),
         "flags": flags,
+        "run_profile": (start or {}).get("run_profile") or {},
+        "autotune": journal.last(target.id, "tuned"),
         "error": next((e for kind in ERRORS if (e := journal.last(target.id, kind))), None),
     }  # fmt: skip
     if start:

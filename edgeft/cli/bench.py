@@ -74,6 +74,21 @@ from edgeft.cli import options
     help="A wall meter's samples: the columns time and watts.",
 )
 @click.option(
+    "--autotune",
+    is_flag=True,
+    help="First search each artefact's fastest options here; serving uses them too.",
+)
+@click.option(
+    "--autotune-seconds",
+    type=click.FloatRange(1),
+    default=120,
+    show_default=True,
+    help="Time of each artefact's search.",
+)
+@click.option(
+    "--speculate", is_flag=True, help="Let the search try drafts: n-grams and smaller artefacts named beside."
+)
+@click.option(
     "--gate", is_flag=True, help="Exit 1 where a limit of the profile fails, 4 where one is not decided."
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (from the rows if left out).")
@@ -106,6 +121,9 @@ def command(
     load_levels: str | None,
     load_seconds: float,
     power_csv: Path | None,
+    autotune: bool,
+    autotune_seconds: float,
+    speculate: bool,
     gate: bool,
     max_tokens: int | None,
     threads: int | None,
@@ -135,6 +153,8 @@ def command(
         load_levels=read_levels(load_levels),
         load_seconds=load_seconds,
         power_csv=power_csv,
+        autotune_seconds=autotune_seconds if autotune else 0.0,
+        speculate=speculate,
         max_tokens=max_tokens,
         threads=threads,
         context=context,

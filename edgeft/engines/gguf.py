@@ -34,6 +34,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     p.n_parallel = options.get("parallel", 1)  # slots, which share the context
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = options["threads"]
     p.n_gpu_layers = options.get("gpu_layers", 0)
+    set_run_options(llama, p, options)
     p.fit_params = False
     p.load_mode = llama.llama_load_mode.LLAMA_LOAD_MODE_MMAP
     p.api_keys = [options["key"]]
@@ -52,6 +53,37 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "build": f"xllamacpp {__version__}",
         "load_mode": "mmap",
     }
+
+
+def set_run_options(llama: Any, p: Any, options: dict[str, Any]) -> None:
+    """Give the server the options of a run profile (`edgeft.engines.run_profile`); one that is absent stays the server's default."""
+    if "threads_batch" in options:
+        p.cpuparams_batch.n_threads = options["threads_batch"]
+    if "batch" in options:
+        p.n_batch = options["batch"]
+    if "ubatch" in options:
+        p.n_ubatch = options["ubatch"]
+    if "poll" in options:
+        p.cpuparams.poll = p.cpuparams_batch.poll = options["poll"]
+    if "flash_attention" in options:
+        on = llama.llama_flash_attn_type
+        p.flash_attn_type = (
+            on.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if options["flash_attention"]
+            else on.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+    if "kv_type" in options:
+        p.cache_type_k = p.cache_type_v = getattr(llama.ggml_type, f"GGML_TYPE_{options['kv_type'].upper()}")
+    if "speculative" in options:
+        kind = options["speculative"].upper()
+        p.speculative.types = [getattr(llama.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{kind}")]
+    if "draft" in options:
+        p.speculative.draft.mparams.path = str(options["draft"])
+        p.speculative.draft.cpuparams.n_threads = p.speculative.draft.cpuparams_batch.n_threads = options[
+            "threads"
+        ]
+    if "draft_tokens" in options:
+        p.speculative.draft.n_max = options["draft_tokens"]
 
 
 def gguf_file(folder: Path) -> Path:
@@ -101,6 +133,11 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
         # By default keys and values are kept as float16, which costs a float32 file some 5e-3 in its logits.
         context_parameters.type_k = context_parameters.type_v = llama.GGML_TYPE_F32
         context_parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if "kv_type" in options:
+        context_parameters.type_k = context_parameters.type_v = getattr(
+            llama, f"GGML_TYPE_{options['kv_type'].upper()}"
+        )
+        context_parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     context = llama.llama_init_from_model(model, context_parameters)
     if adapter_file:
         adapter = llama.llama_adapter_lora_init(model, str(adapter_file).encode())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child
+from edgeft.engines.run_profile import options_for
 from edgeft.errors import BY_NAME, EnvironmentFault
 
 START_DEADLINE_S = 600.0
@@ -41,12 +42,16 @@ class LocalModel:
     ) -> None:
         self.folder, self.engine, self.log = folder, engine, log
         self.key = secrets.token_urlsafe(24)
+        asked = dict(options or {})
+        profile = options_for(folder, engine) if asked.pop("run_profile", True) and threads is None else {}
+        self.run_profile = profile
         self.options: dict[str, Any] = {
             "threads": threads or default_threads(),
             "context": context,
             "key": self.key,
             "name": name or folder.name,
-            **(options or {}),
+            **profile,
+            **asked,
         }
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()

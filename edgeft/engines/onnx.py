@@ -50,7 +50,9 @@ def load(folder: Path, options: dict[str, Any]) -> Any:
     import onnxruntime_genai as og
 
     config = og.Config(str(folder))
-    session = {"intra_op_num_threads": options["threads"], "inter_op_num_threads": 1}
+    session: dict[str, Any] = {"intra_op_num_threads": options["threads"], "inter_op_num_threads": 1}
+    if not options.get("spin", True):
+        session["session.intra_op.allow_spinning"] = "0"
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     return og.Model(config)
 

@@ -26,6 +26,8 @@ def main() -> None:
         from edgeft.errors import EdgeftError
 
         started = time.monotonic()
+        if order["options"].get("cores") and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, order["options"]["cores"])
         module = engine(order["engine"])
         reply = module.start(Path(order["folder"]), order["options"])
         reply["load_s"] = time.monotonic() - started

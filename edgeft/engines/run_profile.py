@@ -1,0 +1,82 @@
+"""How an artefact is run on a box: the options that `edgeft bench --autotune` chose there, kept beside the artefact.
+
+`run-profile.json` holds the options of each box that was tuned; `bench` and `serve` start the artefact with those of the box
+they are on. Another box, another processor: the engine's defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FILE = "run-profile.json"
+SCHEMA = "edgeft/run-profile@1"
+# What an engine may be told, and what stands for it. `cores`: the CPUs that it is bound to.
+KNOWN = {
+    "gguf": (
+        "threads", "threads_batch", "cores", "batch", "ubatch", "flash_attention", "kv_type", "poll", "speculative",
+        "draft", "draft_tokens",
+    ),
+    "onnx": ("threads", "cores", "spin"),
+    "transformers": ("threads", "cores"),
+}  # fmt: skip
+
+
+def this_box() -> str:
+    """The id of this box, as `edgeft profiles detect` makes it."""
+    from edgeft.engines.local import usable_cores
+    from edgeft.profiles.detection import box_id, cpu_facts, memory_facts
+
+    reasons: dict[str, str] = {}
+    total = memory_facts(reasons)["total_bytes"]
+    return box_id(cpu_facts(reasons)["model"], usable_cores(), round(total / 1e9, 1) if total else None)
+
+
+def options_for(folder: Path, engine: str) -> dict[str, Any]:
+    """The options that were chosen for this artefact on this box; empty where there are none.
+
+    A draft's path is kept relative to the artefact; where the draft is gone, so is the option.
+    """
+    kept = read(folder)["boxes"].get(this_box()) if (folder / FILE).is_file() else None
+    if not kept:
+        return {}
+    options = {key: value for key, value in kept["options"].items() if key in KNOWN.get(engine, ())}
+    if "draft" in options:
+        draft = (folder / options["draft"]).resolve()
+        options["draft"] = str(draft)
+        if not draft.is_file():
+            return {k: v for k, v in options.items() if k not in ("draft", "draft_tokens", "speculative")}
+    return options
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The file, an empty one where there is none. Raises UsageError where it has another schema."""
+    from edgeft.errors import UsageError
+    from edgeft.files import read_json
+
+    if not (folder / FILE).is_file():
+        return {"schema": SCHEMA, "boxes": {}}
+    value = read_json(folder / FILE)
+    if (
+        not isinstance(value, dict)
+        or value.get("schema") != SCHEMA
+        or not isinstance(value.get("boxes"), dict)
+    ):
+        raise UsageError(
+            f"{folder / FILE} is not a run profile.", f"rm {folder / FILE}; edgeft bench … --autotune"
+        )
+    return value
+
+
+def keep(folder: Path, found: dict[str, Any]) -> None:
+    """Keep what was chosen for this box: `options`, `gain` and how they were found."""
+    from edgeft.files import write_json
+
+    value = read(folder)
+    options = dict(found["options"])
+    if "draft" in options:
+        import os
+
+        options["draft"] = os.path.relpath(options["draft"], folder.resolve())
+    value["boxes"][this_box()] = {**found, "options": options}
+    write_json(folder / FILE, value)
