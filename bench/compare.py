@@ -77,7 +77,7 @@ def gate(comparison: dict[str, Any]) -> tuple[int, str]:
     name = comparison["b"]["name"]
     if worse:
         return 1, f"{name} is worse: {', '.join(worse)}."
-    decode = next((f for f in comparison["figures"] if f["figure"] == "decode tok/s"), {})
+    decode: Figure = next((f for f in comparison["figures"] if f["figure"] == "decode tok/s"), {})
     left = decode.get("slowdown_at_worst")
     if left is None:
         return (
