@@ -41,8 +41,8 @@ def calibrate(
         first, second = chance.choice(len(runs), 2, replace=False)
         a, b = _drawn(runs[first], chance), _drawn(runs[second], chance)
         slowed = [[s / (1 + slowdown) for s in r] for r in b]
-        called += told(log_ratio(a, b, paired=False, seed=trial), floor, ALPHA / tests) != 0
-        found += told(log_ratio(a, slowed, paired=False, seed=trial), floor, ALPHA / tests) == -1
+        called += _called(a, b, floor, ALPHA / tests, trial) != 0
+        found += _called(a, slowed, floor, ALPHA / tests, trial) == -1
     measured = spread([_median(r) for r in runs])
     return {
         "called_different": called,
@@ -57,6 +57,12 @@ def calibrate(
         "floor_measured": math.expm1(measured.floor()),
         "tests": tests,
     }
+
+
+def _called(a: Rounds, b: Rounds, floor: float, level: float, seed: int) -> int:
+    estimate = log_ratio(a, b, paired=False, seed=seed)
+    p = estimate.p()
+    return told(estimate, floor, p is not None and p < level)
 
 
 def spread(medians: list[float]) -> Repeats:

@@ -55,7 +55,7 @@ def compare_many(
         for figure, estimate in slot:
             figure["p_holm"] = p
             if estimate is None:
-                compare_items.judge(figure, level, len(slots))
+                compare_items.judge(figure, len(slots))
             else:
                 compare_speed.judge(figure, estimate, level, len(slots))
     return [

@@ -66,12 +66,12 @@ def score_figure(a: Lines, b: Lines) -> dict[str, Any] | None:
     }
 
 
-def judge(figure: dict[str, Any], level: float, tests: int) -> None:
-    """Add the verdict at Holm's `level` and, for right answers, the points that this n could have shown."""
+def judge(figure: dict[str, Any], tests: int) -> None:
+    """Add the verdict by the corrected p and, for right answers, the points that this n could have shown."""
     if figure["figure"] == "right %":
         reach = mcnemar_could_show(figure["n"], figure["lost"] + figure["gained"], ALPHA / tests)
         figure["could_show"] = None if reach is None else 100 * reach
-    told = figure["p"] < level
+    told = figure["p_holm"] < ALPHA
     figure["verdict"] = "not told apart" if not told else "better" if figure["difference"] > 0 else "worse"
     if not told:
         figure["why"] = "within chance"

@@ -52,10 +52,9 @@ def floor_of(one_report: bool, repeats: Repeats | None) -> tuple[float, str]:
     return FLOOR, "assumed, two reports"
 
 
-def told(estimate: LogRatio, floor: float, level: float) -> int:
+def told(estimate: LogRatio, floor: float, beyond_chance: bool) -> int:
     """1 where B's figure is called higher than A's, -1 lower, 0 not told apart."""
-    p = estimate.p()
-    if p is None or p >= level or abs(estimate.value) <= floor:
+    if not beyond_chance or abs(estimate.value) <= floor:
         return 0
     return 1 if estimate.value > 0 else -1
 
@@ -101,9 +100,10 @@ def speed_figure(
 
 
 def judge(figure: dict[str, Any], estimate: LogRatio, level: float, tests: int) -> None:
-    """Add the verdict at Holm's `level`, the interval at it, what could be shown among `tests`, and the slowdown left open."""
-    floor = math.log1p(figure["floor"])
-    called = told(estimate, floor, level)
+    """Add the verdict by the corrected p, the interval at Holm's `level`, what could be shown among `tests`, and the
+    slowdown that stays possible."""
+    floor, beyond_chance = math.log1p(figure["floor"]), figure["p_holm"] < ALPHA
+    called = told(estimate, floor, beyond_chance)
     _, more, less, _ = SPEEDS[figure["figure"]]
     reach = estimate.could_show(ALPHA / tests, floor)
     figure |= {
@@ -112,13 +112,10 @@ def judge(figure: dict[str, Any], estimate: LogRatio, level: float, tests: int) 
         "slowdown_at_worst": _at_worst(figure["figure"], estimate, floor),
         "verdict": more if called > 0 else less if called < 0 else "not told apart",
     }
-    if not called:
-        p = estimate.p()
-        figure["why"] = (
-            f"within the {100 * figure['floor']:.1f} % that two runs of one artefact differ by"
-            if p is not None and p < level
-            else "within chance"
-        )
+    if not called and beyond_chance:
+        figure["why"] = f"within the {100 * figure['floor']:.1f} % that two runs of one artefact differ by"
+    elif not called:
+        figure["why"] = "within chance"
 
 
 def _at_worst(name: str, estimate: LogRatio, floor: float) -> float:

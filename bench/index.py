@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from edgeft.bench.compare import Side
 from edgeft.bench.compare_speed import Repeats
 from edgeft.bench.reading import checked, read_items, read_report
 from edgeft.errors import EdgeftError, EnvironmentFault, UsageError, unknown
@@ -222,16 +223,14 @@ def stored(digest: str, file: Path | None = None) -> tuple[BenchReport, list[dic
 
 
 def repeats(
-    result: dict[str, Any],
-    report: BenchReport,
-    leave_out: tuple[str | None, ...] = (),
-    file: Path | None = None,
+    side: Side, leave_out: tuple[str | None, ...] = (), file: Path | None = None
 ) -> dict[str, Repeats]:
     """How far repeated runs on a box like this lie apart: figure -> spread of ln(median), for `compare`.
 
     Groups are runs of one artefact by one engine build with one speed workload; their deviations are pooled over all
     artefacts of the box, weighted by degrees of freedom. `leave_out`: reports that are being compared themselves.
     """
+    report, result = side.report, side.result
     found: dict[str, Repeats] = {}
     with opened(file) as connection:
         for figure, column in (

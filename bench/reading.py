@@ -91,14 +91,14 @@ def chosen(
 
 def pairs(a: list[Side], b: list[Side]) -> list[tuple[Side, Side]]:
     """What is held against what: one against each of many, or results of the same id. A result never against itself."""
-    if len(a) == 1 or len(b) == 1:
-        found = [(x, y) for x in a for y in b]
-    else:
-        found = [(x, y) for x in a for y in b if x.result["id"] == y.result["id"]]
-    found = [
-        (x, y) for x, y in found if (x.report_sha256, x.result["id"]) != (y.report_sha256, y.result["id"])
-    ]
+    one = len(a) == 1 or len(b) == 1
+    found = [(x, y) for x in a for y in b if one or x.result["id"] == y.result["id"]]
+    found = [(x, y) for x, y in found if _key(x) != _key(y)]
     if not found:
         known = ", ".join(s.name for s in [*a, *b][:8])
         raise UsageError(f"there is nothing to compare: {known}.", "edgeft bench compare FOLDER#ID FOLDER#ID")
     return found
+
+
+def _key(side: Side) -> tuple[str | None, str]:
+    return side.report_sha256, side.result["id"]
