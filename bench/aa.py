@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeft.bench.compare_speed import FLOOR, Repeats, told
+from edgeft.bench.compare_speed import FLOOR, Repeats, floor_between, told
 from edgeft.bench.significance import ALPHA, Rounds, log_ratio
 
 
@@ -54,7 +54,7 @@ def calibrate(
         "medians": [_median(r) for r in runs],
         "floor": math.expm1(floor),
         "repeats": {"deviation": measured.deviation, "freedom": measured.freedom},
-        "floor_measured": math.expm1(measured.floor()),
+        "floor_measured": math.expm1(floor_between(measured, measured)),
         "tests": tests,
     }
 

@@ -28,23 +28,21 @@ class Side:
     result: dict[str, Any]
     items: list[dict[str, Any]] = field(default_factory=list)  # its lines of items.jsonl
     report_sha256: str | None = None
+    repeats: dict[str, Repeats] = field(default_factory=dict)  # figure -> spread of repeated runs, if known
 
 
-def compare(a: Side, b: Side, repeats: dict[str, Repeats] | None = None) -> dict[str, Any]:
+def compare(a: Side, b: Side) -> dict[str, Any]:
     """Every figure of `b` against `a`.
 
-    `repeats`: figure -> spread of repeated runs (`edgeft.bench.index.repeats`); sets the floor in place of the assumed
-    one. Returns {a, b, one_report, notes, tests, figures: [{figure, a, b, ratio or difference, ci95, p, p_holm, ci_holm,
+    Returns {a, b, one_report, notes, tests, figures: [{figure, a, b, ratio or difference, ci95, p, p_holm, ci_holm,
     could_show, verdict, why}]}; ratios are b/a.
     """
-    return compare_many([(a, b)], repeats)[0]
+    return compare_many([(a, b)])[0]
 
 
-def compare_many(
-    pairs: list[tuple[Side, Side]], repeats: dict[str, Repeats] | None = None
-) -> list[dict[str, Any]]:
+def compare_many(pairs: list[tuple[Side, Side]]) -> list[dict[str, Any]]:
     """`compare` for several pairs, as many artefacts against one baseline, with one correction over all of them."""
-    found = [_measured(a, b, repeats or {}) for a, b in pairs]
+    found = [_measured(a, b) for a, b in pairs]
     slots: dict[tuple[int, str], list[tuple[Figure, LogRatio | None]]] = {}
     for index, figures in enumerate(found):
         for figure, estimate in figures:
@@ -89,11 +87,13 @@ def gate(comparison: dict[str, Any]) -> tuple[int, str]:
     return 0, f"{name} is not worse; a slowdown of 5 % is excluded."
 
 
-def _measured(a: Side, b: Side, repeats: dict[str, Repeats]) -> list[tuple[Figure, LogRatio | None]]:
+def _measured(a: Side, b: Side) -> list[tuple[Figure, LogRatio | None]]:
     speed = [(s.result.get("speed") or {}) for s in (a, b)]
     same_rows = a.report.workload.get("tasks_sha256") == b.report.workload.get("tasks_sha256")
     found: list[tuple[Figure, LogRatio | None] | None] = [
-        compare_speed.speed_figure(name, speed[0], speed[1], _one_report(a, b), repeats.get(name))
+        compare_speed.speed_figure(
+            name, speed[0], speed[1], _one_report(a, b), (a.repeats.get(name), b.repeats.get(name))
+        )
         for name in compare_speed.SPEEDS
     ]
     plain = [

@@ -38,18 +38,19 @@ class Repeats:
     deviation: float
     freedom: int
 
-    def floor(self) -> float:
-        """The |ln ratio| that 95 of 100 pairs of runs of one artefact stay under."""
-        return t_quantile(1 - ALPHA / 2, self.freedom) * math.sqrt(2) * self.deviation
+
+def floor_between(a: Repeats, b: Repeats) -> float:
+    """The |ln ratio| that 95 of 100 pairs of runs stay under where the artefacts are equally fast."""
+    return t_quantile(1 - ALPHA / 2, min(a.freedom, b.freedom)) * math.hypot(a.deviation, b.deviation)
 
 
-def floor_of(one_report: bool, repeats: Repeats | None) -> tuple[float, str]:
+def floor_of(paired: bool, a: Repeats | None, b: Repeats | None) -> tuple[float, str]:
     """(|ln ratio| that a difference must pass, what that rests on)."""
-    if one_report:
-        return FLOOR_WITHIN, "assumed, one report"
-    if repeats and repeats.freedom >= FEWEST_REPEATS:
-        return repeats.floor(), f"measured on repeated runs, {repeats.freedom} degrees of freedom"
-    return FLOOR, "assumed, two reports"
+    if paired:
+        return FLOOR_WITHIN, "assumed, measured in turns"
+    if a and b and min(a.freedom, b.freedom) >= FEWEST_REPEATS:
+        return floor_between(a, b), f"measured on {a.freedom} and {b.freedom} repetitions of whole runs"
+    return FLOOR, "assumed, not measured in turns"
 
 
 def told(estimate: LogRatio, floor: float, beyond_chance: bool) -> int:
@@ -60,7 +61,11 @@ def told(estimate: LogRatio, floor: float, beyond_chance: bool) -> int:
 
 
 def speed_figure(
-    name: str, a: dict[str, Any], b: dict[str, Any], one_report: bool, repeats: Repeats | None
+    name: str,
+    a: dict[str, Any],
+    b: dict[str, Any],
+    one_report: bool,
+    repeats: tuple[Repeats | None, Repeats | None],
 ) -> tuple[dict[str, Any], LogRatio | None] | None:
     """One speed figure of two `speed` entries and the estimate that `judge` takes; None where one side has none."""
     key, *_, measurement = SPEEDS[name]
@@ -81,7 +86,7 @@ def speed_figure(
         why = f"{fewest} rounds, and {FEWEST_ROUNDS} are needed"
         return {**figure, "verdict": "too few rounds", "why": why}, None
     estimate = log_ratio(*rounds, paired)
-    floor, basis = floor_of(one_report, repeats)
+    floor, basis = floor_of(paired, *repeats)
     figure |= {
         "at": at,
         "a": median(s for r in rounds[0] for s in r),
@@ -152,13 +157,13 @@ def _in_words(asked: dict[str, Any]) -> str:
 
 
 def by_round(point: dict[str, Any], key: str) -> ByRound:
-    """Samples by the round they came from; all under None where rounds are not named."""
+    """Samples by the round they came from; all under None where rounds are not named. What has no logarithm is left out."""
     samples, rounds = point[key].get("samples") or [], point.get("round")
-    if not rounds or len(rounds) != len(samples):
-        return {None: samples} if samples else {}
+    named = rounds if rounds and len(rounds) == len(samples) else [None] * len(samples)
     found: ByRound = {}
-    for index, sample in zip(rounds, samples, strict=True):
-        found.setdefault(index, []).append(sample)
+    for index, sample in zip(named, samples, strict=True):
+        if sample > 0 and math.isfinite(sample):
+            found.setdefault(index, []).append(sample)
     return found
 
 

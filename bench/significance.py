@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Any
 
@@ -23,7 +24,7 @@ Rounds = list[list[float]]  # samples by round, all above zero
 
 @dataclass(frozen=True)
 class LogRatio:
-    """ln(median of b / median of a), its standard error over rounds, and Student's degrees of freedom."""
+    """ln(b/a) of medians, its standard error over rounds, and Student's degrees of freedom."""
 
     value: float
     error: float | None  # None with fewer than three rounds
@@ -53,25 +54,31 @@ class LogRatio:
 
 
 def log_ratio(a: Rounds, b: Rounds, paired: bool, seed: int = 0) -> LogRatio:
-    """Compare medians over all samples, rounds resampled 2,000 times.
+    """Compare two sets of rounds by their medians, rounds resampled 2,000 times.
 
-    Paired: round i of `a` and of `b` were taken together and are drawn together. The standard error is the bootstrap's
+    Not paired: ln of the ratio of the medians over all samples. Paired (round i of both was taken together): the median
+    of the rounds' own ln ratios, which is free of what a round did to both. The standard error is the bootstrap's
     deviation times sqrt(n/(n-1)), as a bootstrap of few rounds is too narrow; Student's t has n-1 degrees a side.
     """
-    value = float(np.median(np.concatenate(b)) / np.median(np.concatenate(a)))
-    fewest = min(len(a), len(b))
-    freedom = fewest - 1 if paired else len(a) + len(b) - 2
-    if fewest < FEWEST_ROUNDS:
-        return LogRatio(math.log(value), None, max(1, freedom))
     chance = np.random.default_rng(seed)
-    picks_a = chance.integers(0, len(a), (RESAMPLES, len(a)))
-    picks_b = picks_a if paired else chance.integers(0, len(b), (RESAMPLES, len(b)))
-    left, right = np.log(_medians(a, picks_a)), np.log(_medians(b, picks_b))
     if paired:
-        error = float((right - left).std()) * math.sqrt(len(a) / (len(a) - 1))
-    else:
-        error = math.sqrt(left.var() * len(a) / (len(a) - 1) + right.var() * len(b) / (len(b) - 1))
-    return LogRatio(math.log(value), error, freedom)
+        ratios = [[math.log(np.median(y) / np.median(x))] for x, y in zip(a, b, strict=True)]
+        value = float(np.median(ratios))
+        if len(a) < FEWEST_ROUNDS:
+            return LogRatio(value, None, 1)
+        return LogRatio(value, math.sqrt(_variance(ratios, chance, np.asarray)), len(a) - 1)
+    value = math.log(float(np.median(np.concatenate(b)) / np.median(np.concatenate(a))))
+    if min(len(a), len(b)) < FEWEST_ROUNDS:
+        return LogRatio(value, None, 1)
+    return LogRatio(
+        value, math.sqrt(_variance(a, chance, np.log) + _variance(b, chance, np.log)), len(a) + len(b) - 2
+    )
+
+
+def _variance(rounds: Rounds, chance: np.random.Generator, scale: Any) -> float:
+    """The bootstrap's variance of the median on a scale, made right for few rounds."""
+    picks = chance.integers(0, len(rounds), (RESAMPLES, len(rounds)))
+    return float(scale(_medians(rounds, picks)).var()) * len(rounds) / (len(rounds) - 1)
 
 
 def _medians(rounds: Rounds, picks: Any) -> Any:
@@ -99,6 +106,7 @@ def _simpson(end: float, freedom: int) -> float:
     return float((weights * values).sum() * end / 6000)
 
 
+@cache
 def t_quantile(p: float, freedom: int) -> float:
     """The t below which Student's t falls with probability p (0.5 <= p < 1), by bisection."""
     low, high = 0.0, 1.0
@@ -130,11 +138,10 @@ def paired_mean(differences: Sequence[float], seed: int = 0) -> tuple[float, lis
     """Mean of paired differences, its 95 % bootstrap interval over items, and the two-sided p of flipping signs."""
     values = np.asarray(differences, dtype=float)
     chance = np.random.default_rng(seed)
-    picks = chance.integers(0, len(values), (RESAMPLES, len(values)))
-    means = values[picks].mean(1)
-    flips = chance.integers(0, 2, (RESAMPLES, len(values))) * 2 - 1
-    as_far = np.abs((flips * values).mean(1)) >= abs(values.mean()) - 1e-12
-    p = (int(as_far.sum()) + 1) / (RESAMPLES + 1)
+    n = len(values)
+    means = [values[chance.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
+    flipped = [((chance.integers(0, 2, n) * 2 - 1) * values).mean() for _ in range(RESAMPLES)]
+    p = (sum(abs(m) >= abs(values.mean()) - 1e-12 for m in flipped) + 1) / (RESAMPLES + 1)
     return float(values.mean()), [float(np.percentile(means, q)) for q in (2.5, 97.5)], p
 
 

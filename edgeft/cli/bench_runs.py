@@ -34,8 +34,7 @@ def compare_command(places: tuple[str, ...], baseline: str | None, gate: bool) -
     first = _baseline(baseline) if baseline else found.pop(0)
     pairs = reading.pairs(first, [side for sides in found for side in sides])
     comparisons = []
-    repeats = _repeats(pairs)
-    for comparison in compare.compare_many(pairs, repeats):
+    for comparison in compare.compare_many(_with_repeats(pairs)):
         console.table(
             compare_text.COLUMNS,
             compare_text.table_rows(comparison),
@@ -55,16 +54,21 @@ def compare_command(places: tuple[str, ...], baseline: str | None, gate: bool) -
         )
 
 
-def _repeats(pairs: list[Any]) -> dict[str, Any]:
-    """What the index knows of repeated runs; a box whose index cannot be read compares without."""
+def _with_repeats(pairs: list[Any]) -> list[Any]:
+    """The pairs with what the index knows of repeated runs; a box whose index cannot be read compares without."""
+    from dataclasses import replace
+
     from edgeft.bench import index
     from edgeft.errors import EnvironmentFault
 
+    compared = tuple(side.report_sha256 for pair in pairs for side in pair)
     try:
-        return index.repeats(pairs[0][0], tuple(side.report_sha256 for pair in pairs for side in pair))
+        return [
+            tuple(replace(side, repeats=index.repeats(side, compared)) for side in pair) for pair in pairs
+        ]
     except EnvironmentFault as error:
         console.note(f"  no repeated runs are known: {error.message}")
-        return {}
+        return pairs
 
 
 def _again(places: tuple[str, ...], baseline: str | None) -> str:
@@ -215,10 +219,9 @@ def baseline_command(name: str | None, place: str | None) -> None:
     elif name:
         raise UsageError(f"what '{name}' shall mean was not said.", f"edgeft bench baseline {name} FOLDER#ID")
     known = index.baselines()
-    console.table(
-        ("baseline", "report", "result", "set (UTC)"),
-        [(n, k["report_sha256"][:12], k["result_id"], k["set_at"][:16]) for n, k in known.items()],
-    )
+    rows = [(n, k["report_sha256"][:12], k["result_id"], k["set_at"][:16]) for n, k in known.items()]
+    if rows:
+        console.table(("baseline", "report", "result", "set (UTC)"), rows)
     console.result(known, "" if known else "no baseline yet: edgeft bench baseline NAME FOLDER#ID")
 
 
