@@ -102,7 +102,7 @@ def _llama_result(name: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     for test in group:
         prompt, output = test["n_prompt"], test["n_gen"]
         if bool(prompt) == bool(output):
-            other.append(test)
+            other.append({**test, "model_filename": _last(test["model_filename"])})
             continue
         key = "prefill_tok_per_s" if prompt else "decode_tok_per_s"
         rates = [(prompt or output) * 1e9 / ns for ns in test["samples_ns"]]
