@@ -38,7 +38,7 @@ class Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Options that every command knows may stand before a command's name.
         first = next((word for word in args if word not in {f"--{name}" for name, _ in SHARED}), None)
-        if self.default and args and first not in self.commands and first not in ("--help", "-h"):
+        if self.default and first not in self.commands and first not in ("--help", "-h"):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
