@@ -1,4 +1,4 @@
-"""Where edgeft keeps what belongs to the user: downloads, converters, own profiles.
+"""Where edgeft keeps what belongs to the user: downloads, converters, own profiles, the index of runs.
 
 `EDGEFT_HOME` if set, else the XDG folders.
 """
@@ -23,3 +23,8 @@ def cache_dir(*parts: str) -> Path:
 def config_dir(*parts: str) -> Path:
     """A folder for what the user wrote."""
     return _base("XDG_CONFIG_HOME", ".config").joinpath(*parts)
+
+
+def state_dir(*parts: str) -> Path:
+    """A folder for what edgeft remembers of its runs: neither written by hand nor to be made again."""
+    return _base("XDG_STATE_HOME", ".local/state").joinpath(*parts)

@@ -24,6 +24,7 @@ def main() -> None:
         names = zipfile.ZipFile(wheel).namelist()
         assert any(n.startswith("edgeft/profiles/boxes/") for n in names), "the profiles are not in the wheel"
         assert "edgeft/compress/recipes/edge-cpu.yaml" in names, "the recipes are not in the wheel"
+        assert "edgeft/bench/report.schema.json" in names, "the schema of report.json is not in the wheel"
         assert not any(n.split("/")[0] in ("bench", "compress", "router", "serve") for n in names), (
             "a generic name leaks"
         )

@@ -82,7 +82,7 @@ def test_unknown_command_names_the_nearest():
 
 
 def test_usage_error_is_two_lines():
-    assert_two_lines(edgeft("bench", "dist"), 2, "--tasks", "edgeft bench --help")
+    assert_two_lines(edgeft("bench", "dist"), 2, "--tasks", "edgeft bench run --help")
 
 
 def test_no_such_folder():

@@ -36,7 +36,9 @@ class Group(click.Group):
         self.default = default
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if self.default and args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+        # Options that every command knows may stand before a command's name.
+        first = next((word for word in args if word not in {f"--{name}" for name, _ in SHARED}), None)
+        if self.default and first not in self.commands and first not in ("--help", "-h"):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 

@@ -5,10 +5,23 @@ from pathlib import Path
 import click
 
 from edgeft import console
-from edgeft.cli import options
+from edgeft.cli import Group, bench_runs, options
 
 
-@click.command("bench")
+@click.group("bench", cls=Group, default="run")
+@options
+def command() -> None:
+    """Measure artefacts on this box.
+
+    What is no command below goes to `run`: `edgeft bench dist/ --tasks rows.jsonl`.
+    """
+
+
+for _command in bench_runs.COMMANDS:
+    command.add_command(_command)
+
+
+@command.command("run")
 @click.argument("places", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--tasks", required=True, type=click.Path(path_type=Path), help="Rows (JSON lines) to answer.")
 @click.option(
@@ -107,7 +120,7 @@ from edgeft.cli import options
 @click.option("--no-fidelity", is_flag=True, help="Leave KLD out.")
 @click.option("--allow-seen-rows", is_flag=True, help="Measure on rows that training or calibration saw.")
 @options
-def command(
+def run_command(
     places: tuple[Path, ...],
     tasks: Path,
     out: Path,
