@@ -22,7 +22,7 @@ from edgeft.bench import speed
 from edgeft.bench.callers import Caller, caller
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
-from edgeft.engines.local import usable_cores
+from edgeft.engines.local import default_threads, usable_cores
 from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row, load_rows, spread
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 POINTS = (Point(512, 8), Point(64, 48))  # one that is prefill, one that is decode
 TRY_ROUNDS, CONFIRM_ROUNDS = 5, 12
+HOPELESS = 0.05  # two rounds that both lose so much are enough
 GAIN, AGREEING = 0.02, 0.8  # a value is taken where the median round saves so much, and so many rounds agree
 KV_MAX_KLD, KV_ROWS, KV_TOKENS = 0.002, 8, 512
 DRAFT_SHARE = 0.7  # a draft must be smaller than this share of the artefact
@@ -39,7 +40,7 @@ DRAFT_SHARE = 0.7  # a draft must be smaller than this share of the artefact
 def knobs(target: Target, beside: list[Target], speculate: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what is tried, the options that it sets), in the order in which they are tried."""
     cores = usable_cores()
-    for threads in sorted({cores, max(1, cores // 2), max(1, cores - 1)}, reverse=True):
+    for threads in sorted({cores, max(1, cores // 2), max(1, cores - 1)} - {default_threads()}, reverse=True):
         yield f"{threads} threads", {"threads": threads}
     for name, group in core_groups().items():
         yield f"{name} cores", {"cores": group, "threads": len(group)}
@@ -154,11 +155,13 @@ def in_turns(
     with ExitStack() as stack:
         asks = [stack.enter_context(started(target, options, context, log)) for options in configurations]
         plan = speed.warm_up(asks[0], rows, POINTS)
-        for ask in asks[1:]:
-            speed.warm_up(ask, rows, POINTS)
-        times = np.array(
-            [turn(asks, plan, rows, seed * rounds + number, number % 2 == 1) for number in range(rounds)]
-        )
+        found: list[list[list[float]]] = []
+        for number in range(rounds):
+            found.append(turn(asks, plan, rows, seed * rounds + number, number % 2 == 1))
+            saved = [1 - seconds[-1][0] / seconds[0][0] for seconds in found]
+            if rounds == TRY_ROUNDS and number == 1 and max(saved) < -HOPELESS:
+                break
+    times = np.array(found)
     return [
         {
             name: np.log(times[:, i, k] / times[:, 0, k])

@@ -15,11 +15,13 @@ COLUMNS = (
 
 
 def write_report(report: BenchReport, items: list[dict[str, Any]], out: Path) -> None:
-    """Write `items.jsonl`, `report.md`, `report.html`, and `report.json` last, which says that all are there."""
+    """Write `items.jsonl`, `report.md`, `report.csv`, `report.html`, and `report.json` last: all are there then."""
+    from edgeft.bench.csv_out import csv_text
     from edgeft.bench.html import page
 
     write_jsonl(out / "items.jsonl", items)
     write_text(out / "report.md", markdown(report))
+    write_text(out / "report.csv", csv_text(report))
     write_text(out / "report.html", page(report))
     write_json(out / "report.json", report.to_dict())
 

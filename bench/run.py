@@ -15,6 +15,7 @@ from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
 from edgeft.bench.energy import result as energy_of
 from edgeft.bench.environment import environment
+from edgeft.bench.index import after_run
 from edgeft.bench.journal import Journal
 from edgeft.bench.paired import pairs
 from edgeft.bench.pool import Pool, drop_from_cache
@@ -117,6 +118,8 @@ def bench(
     )  # fmt: skip
     write_report(report, items, out)
     journal.file.unlink()
+    if note := after_run(out):
+        console.note(f"  {note}")
     return report
 
 
