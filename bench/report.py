@@ -9,7 +9,7 @@ from edgeft.files import write_json, write_jsonl, write_text
 from edgeft.types import BenchReport
 
 COLUMNS = (
-    "model", "MB", "bits/w", "right %", "lost/gained", "KLD answer", "KLD all", "same top-1 %", "TTFT ms", "prefill tok/s",
+    "model", "MB", "bits/w", "right %", "lost/gained", "kept gain", "KLD answer", "KLD all", "same top-1 %", "TTFT ms", "prefill tok/s",
     "decode tok/s", "of BW %", "J/tok", "peak MB", "start s", "verdict",
 )  # fmt: skip
 
@@ -41,6 +41,7 @@ def _row(r: dict[str, Any]) -> list[str]:
         number(r.get("bits_per_weight"), 1, 2),
         _right(accuracy),
         f"{against['lost']}/{against['gained']}" if against else "–",
+        number((r.get("retention") or {}).get("value"), 1, 3),
         number((fidelity.get("answer") or {}).get("kld_mean"), 1, 4),
         number((fidelity.get("all") or {}).get("kld_mean"), 1, 4),
         number((fidelity.get("all") or {}).get("same_top1"), 100, 1),
@@ -102,6 +103,7 @@ def notes(report: BenchReport) -> list[str]:
         f"right %: answers of {w['rows']} rows of {w['tasks']}, greedy, at most {w['max_tokens']} tokens; "
         "± is half of Wilson's 95 % interval.",
         "lost/gained: rows that the merged model has right and this one wrong, and the other way round.",
+        *_kept(report),
         "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; "
         "decode tok/s = (n-1)/(e2e - TTFT), median ± half its bootstrap interval; one stream, models in turns.",
         "peak MB: resident memory over the process tree, sampled every 50 ms; the pages of a memory-mapped file count when touched.",
@@ -120,6 +122,21 @@ def notes(report: BenchReport) -> list[str]:
             f"{', '.join(others)}: made of another merged model than the reference, so its KLD is not of quantizing alone."
         )
     return lines
+
+
+def _kept(report: BenchReport) -> list[str]:
+    """What the share of the adapter's gain is, with intervals, where a base was measured."""
+    found = [(r["id"], r["retention"]) for r in report.results if r.get("retention")]
+    if not found:
+        return []
+    listed = ", ".join(f"{name} {k['value']:.3f} ({_interval(k['ci95'])})" for name, k in found)
+    return [
+        f"kept gain: (this - base)/(merged - base) of the mean score, 95 % bootstrap over {found[0][1]['n']} rows: {listed}."
+    ]
+
+
+def _interval(ci95: list[float] | None) -> str:
+    return "no interval" if ci95 is None else f"{ci95[0]:.3f} to {ci95[1]:.3f}"
 
 
 def _speed_notes(report: BenchReport) -> list[str]:
@@ -161,12 +178,38 @@ def _speed_notes(report: BenchReport) -> list[str]:
             "which is what reading memory was measured at here."
         )
         lines += sorted({f"Above 100 %: {s['over_100']}." for s in shares if s["over_100"]})
+    lines += _memory_notes(report)
     methods = {r["energy"]["method"] for r in report.results if r.get("energy")}
     lines.append(
         f"J/tok: joules an output token, prefill included, by {', '.join(sorted(methods))}."
         if methods
         else "Energy: not measured."
     )
+    return lines
+
+
+def _memory_notes(report: BenchReport) -> list[str]:
+    """Room of keys and values, the smallest limit, and what a long run left of the speed."""
+    lines = []
+    for r in report.results:
+        memory = r.get("memory") or {}
+        if kept := memory.get("kv_per_1k_tokens"):
+            parts = [
+                f"{kept[k] / 1e6:.1f} MB {k.split('_')[0]}"
+                for k in ("measured_bytes", "computed_bytes")
+                if kept[k]
+            ]
+            lines.append(f"{r['id']}: keys and values take {', '.join(parts)} per 1,000 tokens.")
+        if least := memory.get("smallest_limit"):
+            words = least.get("unavailable") or (
+                f"{least['bytes'] / 1e6:.0f} MB keep {100 * least['share_of_speed']:.0f} % of the speed ({least['method']})"
+            )
+            lines.append(f"{r['id']}: smallest memory limit: {words}.")
+        if long := r.get("sustained"):
+            lines.append(
+                f"{r['id']} without a pause for {long['seconds']:.0f} s: {long['first_tok_per_s']:.1f} tok/s in the first sixth, "
+                f"{long['last_tok_per_s']:.1f} in the last ({long['flags'] or 'nothing seen to slow it'})."
+            )
     return lines
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import autotune, fidelity, load, roofline, speed
+from edgeft.bench import autotune, fidelity, load, memory, roofline, speed, sustained
 from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
@@ -22,7 +22,7 @@ from edgeft.bench.pool import Pool, drop_from_cache
 from edgeft.bench.report import write_report
 from edgeft.bench.score import check
 from edgeft.bench.speed import Point
-from edgeft.bench.stats import mcnemar
+from edgeft.bench.stats import mcnemar, retention
 from edgeft.bench.targets import Target, find
 from edgeft.bench.verdict import verdicts
 from edgeft.engines import run_profile
@@ -33,7 +33,7 @@ from edgeft.profiles import detect, get_profile
 from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash, spread
 from edgeft.types import BenchReport
 
-REFERENCE = "merged"
+REFERENCE, BASE = "merged", "(base)"
 ERRORS = ("error", "load-error", "fidelity-error")  # kinds of fact
 
 
@@ -53,16 +53,20 @@ class Workload:
     speed: bool = True
     fidelity: bool = True
     allow_seen_rows: bool = False
+    base: Path | None = None  # the model before tuning, for retention
     load_levels: tuple[int, ...] = ()  # clients at once; none: the load test is left out
     load_seconds: float = 10.0  # of each level
     power_csv: Path | None = None  # of a wall meter
     autotune_seconds: float = 0.0  # of each artefact's search; 0: none
     speculate: bool = False  # let the search try drafts
+    memory_limit: bool = False  # find the smallest limit that keeps the speed
+    sustained_seconds: float = 0.0  # of one stream without a pause; 0: none
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""
         found = {**asdict(self), "tasks": sha256_file(self.tasks), "points": [str(p) for p in self.points]}
-        return found | {"power_csv": None}  # read when the report is written
+        # The meter is read when the report is written; the base is a target, known by its hash.
+        return found | {"power_csv": None, "base": None}
 
 
 def bench(
@@ -80,7 +84,7 @@ def bench(
     """
     rows = spread(load_rows(workload.tasks), workload.limit)
     check(rows, workload.tasks)
-    targets = find(places, models)
+    targets = find(places, models) + ([base_of(workload.base)] if workload.base else [])
     if not workload.allow_seen_rows:
         for target in targets:
             refuse_seen(rows, target.seen_rows, f"measure {target.id}", workload.tasks)
@@ -103,6 +107,7 @@ def bench(
     items = [item for target in targets for item in journal.all(target.id, "answer")]
     results = [entry_of(target, journal, workload, box, meter, others) for target in targets]
     compare_with_reference(results, items, REFERENCE)
+    add_retention(results, items, REFERENCE, BASE)
     report = BenchReport(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         environment=environment(),
@@ -161,7 +166,11 @@ def measure(
                 )
         for target in targets:
             answers(target, pool, rows, max_tokens, journal)
+            if workload.sustained_seconds and target.path:
+                endure(target, pool, rows, workload, journal)
             pool.end(target)
+    for target in local if workload.memory_limit else ():
+        memory_of(target, rows, workload, journal, logs[target.id])
     for target in local if workload.load_levels else ():
         under_load(target, rows, workload, box.get("limits") or {}, journal, logs[target.id])
 
@@ -186,6 +195,30 @@ def answers(target: Target, pool: Pool, rows: list[Row], max_tokens: int, journa
             journal.add(target.id, "answered", {"memory": peak})
     except EnvironmentFault as error:
         journal.add(target.id, "error", error.message)
+
+
+def endure(target: Target, pool: Pool, rows: list[Row], workload: Workload, journal: Journal) -> None:
+    """One stream without a pause, for a box that gets hot."""
+    if journal.last(target.id, "sustained") or journal.last(target.id, "error"):
+        return
+    try:
+        with console.step(f"{target.id} without a pause") as say, pool.use(target) as running:
+            journal.add(target.id, "sustained", sustained.run(running, rows, workload.sustained_seconds, say))
+    except EnvironmentFault as error:
+        journal.add(target.id, "error", error.message)
+
+
+def memory_of(target: Target, rows: list[Row], workload: Workload, journal: Journal, log: Path) -> None:
+    """Room of keys and values, and the smallest memory limit."""
+    peak = (journal.last(target.id, "answered") or {}).get("memory")
+    if journal.last(target.id, "memory") or journal.last(target.id, "error") or not peak:
+        return
+    with console.step(f"memory of {target.id}") as say:
+        kept = memory.kept_tokens(target, workload.threads, log)
+        least = memory.smallest_limit(
+            target, rows, peak["rss_bytes"], workload.threads, workload.context, log, say
+        )
+    journal.add(target.id, "memory", {"kv_per_1k_tokens": kept, "smallest_limit": least})
 
 
 def under_load(
@@ -241,6 +274,7 @@ def entry_of(
         "accuracy": figures(items) if items else None,
         "fidelity": journal.last(target.id, "fidelity"),
         "load_test": journal.last(target.id, "load"),
+        "sustained": journal.last(target.id, "sustained"),
         "energy": energy_of(journal.all(target.id, "block"), meter),
         "flags": flags,
         "run_profile": (start or {}).get("run_profile") or {},
@@ -257,6 +291,7 @@ def entry_of(
     if peak := (journal.last(target.id, "answered") or {}).get("memory"):
         result["memory"] = {f"peak_{k}": v for k, v in peak.items()}
         result["memory"]["over"] = "process tree, sampled every 50 ms; load, speed and accuracy runs"
+        result["memory"] |= journal.last(target.id, "memory") or {}
     if target.kind == "api" and result["accuracy"]:
         result |= price_of(target, result["accuracy"])
     result["roofline"] = roofline.share(result, target, box.get("measured_on") or box)
@@ -314,6 +349,12 @@ def of_another_model(target: Target, reference: Target) -> bool:
     return target.facts.get("merged_sha256") not in (None, reference.sha256)
 
 
+def base_of(folder: Path) -> Target:
+    """The model before tuning, which retention needs: a folder or a GGUF file, measured as '(base)'."""
+    (target,) = find([folder], [])
+    return replace(target, id=BASE)
+
+
 def reference_of(targets: list[Target]) -> Target | None:
     """The merged model: among the targets, or beside the first artefact."""
     for target in targets:
@@ -351,6 +392,28 @@ def compare_with_reference(
             "n": len(pairs),
             "mcnemar_p": mcnemar(lost, gained),
         }
+
+
+def add_retention(
+    results: list[dict[str, Any]], items: list[dict[str, Any]], reference: str, base: str
+) -> None:
+    """Add to each result the share of the adapter's gain that it keeps: (this - base)/(merged - base) of the mean score.
+
+    Over the rows that all three answered, with a bootstrap interval; None without a base or where merged is not better.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for item in items:
+        if item["score"] is not None:
+            scores.setdefault(item["model_id"], {})[item["item_id"]] = item["score"]
+    for result in results:
+        result["retention"] = None
+        known = [scores.get(name, {}) for name in (result["id"], reference, base)]
+        shared = sorted(set.intersection(*(set(k) for k in known)))
+        if result["id"] in (reference, base) or not shared:
+            continue
+        own, merged, before = ([k[row] for row in shared] for k in known)
+        value, interval = retention(own, merged, before)
+        result["retention"] = None if value is None else {"value": value, "ci95": interval, "n": len(shared)}
 
 
 def price_of(target: Target, accuracy: dict[str, Any]) -> dict[str, Any]:

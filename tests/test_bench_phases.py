@@ -214,11 +214,6 @@ def test_a_gate_ends_with_its_exit_code():
 # --- paired tests
 
 
-def test_holm_is_the_textbooks():
-    assert paired.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert paired.holm([]) == []
-
-
 def test_pairs_are_of_the_rows_that_both_answered():
     chance = np.random.default_rng(1)
     items = []
@@ -233,19 +228,6 @@ def test_pairs_are_of_the_rows_that_both_answered():
     assert found["a", "c"]["different"] and found["a", "c"]["points"] == pytest.approx(-20, abs=5)
     low, high = found["a", "c"]["points_ci95"]
     assert low < found["a", "c"]["points"] < high < 0
-
-
-def test_the_smallest_difference_shown_is_shown_in_four_of_five_cases():
-    """Simulated: with d of the rows in discord and that difference, McNemar's test finds it in about 80 %."""
-    chance, n, discord = np.random.default_rng(0), 400, 0.2
-    difference = paired.smallest_shown(int(discord * n), n)
-    lost = (discord + difference) / 2
-    found = 0
-    for _ in range(300):
-        draw = chance.random(n)
-        a, b = int((draw < lost).sum()), int(((draw >= lost) & (draw < discord)).sum())
-        found += paired.mcnemar(a, b) < 0.05
-    assert 0.7 < found / 300 < 0.9
 
 
 # --- energy

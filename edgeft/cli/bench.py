@@ -38,6 +38,11 @@ for _command in bench_runs.COMMANDS:
     help="This box's profile, whose limits are judged; auto describes it and has none.",
 )
 @click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="The model before tuning: what of its gain is kept is told.",
+)
+@click.option(
     "--predict",
     multiple=True,
     metavar="PROFILE",
@@ -80,6 +85,17 @@ for _command in bench_runs.COMMANDS:
 )
 @click.option(
     "--load-seconds", type=click.FloatRange(1), default=10, show_default=True, help="Time of each level."
+)
+@click.option(
+    "--sustained",
+    "sustained_seconds",
+    type=click.FloatRange(0),
+    default=0,
+    metavar="SECONDS",
+    help="Also ask one stream without a pause, as 600: what heat leaves.",
+)
+@click.option(
+    "--memory-limit", is_flag=True, help="Also find the smallest memory limit that keeps 95 % of the speed."
 )
 @click.option(
     "--power-csv",
@@ -125,6 +141,7 @@ def run_command(
     tasks: Path,
     out: Path,
     profile: str,
+    base: Path | None,
     predict: tuple[str, ...],
     models: tuple[str, ...],
     limit: int | None,
@@ -133,6 +150,8 @@ def run_command(
     speed_seconds: float,
     load_levels: str | None,
     load_seconds: float,
+    sustained_seconds: float,
+    memory_limit: bool,
     power_csv: Path | None,
     autotune: bool,
     autotune_seconds: float,
@@ -165,7 +184,10 @@ def run_command(
         speed_seconds=speed_seconds,
         load_levels=read_levels(load_levels),
         load_seconds=load_seconds,
+        sustained_seconds=sustained_seconds,
+        memory_limit=memory_limit,
         power_csv=power_csv,
+        base=base,
         autotune_seconds=autotune_seconds if autotune else 0.0,
         speculate=speculate,
         max_tokens=max_tokens,

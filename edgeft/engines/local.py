@@ -45,6 +45,7 @@ class LocalModel:
         asked = dict(options or {})
         profile = options_for(folder, engine) if asked.pop("run_profile", True) and threads is None else {}
         self.run_profile = profile
+        group = asked.pop("group", None)  # a control group that the process is put into before it loads
         self.options: dict[str, Any] = {
             "threads": threads or default_threads(),
             "context": context,
@@ -65,6 +66,8 @@ class LocalModel:
                 start_new_session=True,
             )
         self.pid = self.process.pid
+        if group:
+            Path(group, "cgroup.procs").write_text(str(self.pid))
         self.memory = child.PeakMemory(self.pid) if sample_memory else None
         try:
             reply = self._order({"engine": engine, "folder": str(folder), "options": self.options})
