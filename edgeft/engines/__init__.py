@@ -20,6 +20,7 @@ from edgeft.errors import missing_extra, unknown
 
 ENGINES = {
     "gguf": "edgeft.engines.gguf",
+    "llama_cpp": "edgeft.engines.llama_cpp",  # the same files by llama-cpp-python
     "onnx": "edgeft.engines.onnx",
     "transformers": "edgeft.engines.transformers",
 }
