@@ -8,6 +8,7 @@ length of the context (Williams 2009; metrics.md). Prefill: 2 N S + 2 layers d S
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _of_gguf(folder: Path) -> Shape:
 def _of_config(target: Target) -> Shape:
     """Of a folder for transformers or onnxruntime-genai; the share of embedding and head comes from the shapes."""
     assert target.path is not None
-    parameters = int(target.facts["parameters"])
+    parameters = int(target.facts.get("parameters") or _parameters(target.path))
     if target.engine == "onnx":
         decoder = json.loads((target.path / "genai_config.json").read_text())["model"]
         vocabulary, part = int(decoder["vocab_size"]), decoder["decoder"]
@@ -98,6 +99,17 @@ def _of_config(target: Target) -> Shape:
     read = int((parameters - (0 if tied else table)) * bits / 8)
     return Shape(read, 2 * layers * kv_heads * width * 4, layers, heads * width, inner,
                  f"parameters at {bits:.1f} bits; keys and values in float32")  # fmt: skip
+
+
+def _parameters(folder: Path) -> int:
+    """Parameters of a plain model folder, from the headers of its files."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "np") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def decode_bound(shape: Shape, gb_per_s: float, context_tokens: float) -> float:

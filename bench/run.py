@@ -251,7 +251,7 @@ def compare_logits(
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
         yardstick = Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
         for target in targets:
-            if target.path is None or journal.all(target.id, "fidelity"):
+            if target.path is None or journal.all(target.id, "fidelity") or target == reference:
                 continue
             log = state / f"{target.id.replace('/', '+')}.logits.log"
             try:

@@ -1,0 +1,311 @@
+"""A bench of tiny artefacts as a user runs it: killed in the middle, with a broken file, with too little memory, tuned, predicted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgeft.bench import Workload, autotune, bench, memory, roofline
+from edgeft.bench.pool import need_bytes
+from edgeft.bench.speed import Point
+from edgeft.bench.targets import Target, find
+from edgeft.engines import run_profile
+from tests.conftest import DESK
+
+for package, extra in {"llama_cpp": "compress", "xllamacpp": "gguf", "onnxruntime_genai": "onnx"}.items():
+    pytest.importorskip(package, reason=f"needs the extra: {extra}")
+
+pytestmark = pytest.mark.slow
+QUICK = {
+    "points": (Point(32, 24),),
+    "repetitions": 2,
+    "speed_seconds": 0.0,
+    "fidelity_rows": 3,
+    "context": 1024,
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_look(monkeypatch):
+    """Measuring this box takes seconds, and tests of its own hold it."""
+    from edgeft import profiles
+
+    seen = {**profiles.detect(measure=False), "bandwidth_gb_per_s": 20.0, "gemm_f32_gflop_per_s": 100.0}
+    monkeypatch.setattr("edgeft.bench.run.detect", lambda measure: seen)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "tasks.jsonl"
+    file.write_text("\n".join((DESK / "select.jsonl").read_text().splitlines()[:10]) + "\n")
+    return file
+
+
+def test_every_part_of_a_report_is_there_and_holds_together(tiny_dist, tasks, tmp_path):
+    out = tmp_path / "report"
+    places = [tiny_dist / "dist" / name for name in ("merged", "gguf-f16", "gguf-q4_k_m", "onnx-int8")]
+    workload = Workload(tasks, base=tiny_dist / "base", **QUICK)
+    report = bench(places, [], workload, "auto", out, ("raspberry-pi-5-8gb",))
+    found = {r["id"]: r for r in report.results}
+    assert list(found) == ["merged", "gguf-f16", "gguf-q4_k_m", "onnx-int8", "(base)"]
+    for name, result in found.items():
+        assert result["error"] is None, (name, result["error"])
+        assert result["speed"]["rounds"] == 2 and result["speed"]["points"][0]["itl_s"]["n"] > 4
+        assert result["memory"]["peak_rss_bytes"] > 5e7 and result["load"]["cold_start_s"] > 0
+        assert result["roofline"], (name, result["speed"])
+        assert result["roofline"]["weight_bytes"] > 0 and result["predictions"][0]["label"] == "predicted"
+    assert (
+        found["gguf-f16"]["fidelity"]["all"]["kld_mean"] < found["gguf-q4_k_m"]["fidelity"]["all"]["kld_mean"]
+    )
+    # A random model answers nothing right, so nothing was gained that could be kept.
+    assert found["gguf-f16"]["retention"] is None and len(report.pairs) == 10
+    assert (
+        found["gguf-f16"]["roofline"]["weight_bytes"]
+        > 3 * found["gguf-q4_k_m"]["roofline"]["weight_bytes"] * 0.8
+    )
+    for name in ("report.json", "report.md", "report.csv", "report.html", "items.jsonl"):
+        assert (out / name).stat().st_size > 0
+    assert not (out / ".work" / "journal.jsonl").exists()
+    page = (out / "report.md").read_text()
+    assert "predicted" in page and "Energy: not measured." in page
+
+
+def test_a_box_under_load_and_one_that_never_rests(tiny_dist, tasks, tmp_path):
+    workload = Workload(
+        tasks,
+        fidelity=False,
+        speed=False,
+        load_levels=(1, 2),
+        load_seconds=0.5,
+        sustained_seconds=0.5,
+        context=1024,
+        limit=2,
+    )
+    (result,) = bench([tiny_dist / "dist" / "gguf-f16"], [], workload, "auto", tmp_path / "r").results
+    closed, arrivals = result["load_test"]["closed"], result["load_test"]["open"]
+    assert [c["clients"] for c in closed] == [1, 2] and [a["share_of_best"] for a in arrivals] == [
+        0.5,
+        0.7,
+        0.9,
+    ]
+    assert (
+        closed[0]["failed"] == 0
+        and closed[0]["output_tok_per_s"] > 0
+        and result["load_test"]["knee_clients"] in (1, 2)
+    )
+    assert result["sustained"]["last_tok_per_s"] > 0
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_dist, tasks, tmp_path):
+    out = tmp_path / "report"
+    command = [
+        sys.executable, "-m", "edgeft", "bench", str(tiny_dist / "dist" / "gguf-f16"), str(tiny_dist / "dist" / "gguf-q4_k_m"), "--tasks",
+        str(tasks), "--out", str(out), "--repetitions", "2", "--speed-seconds", "0", "--speed-points", "32x24", "--no-fidelity", "--quiet",
+    ]  # fmt: skip
+    journal = out / ".work" / "journal.jsonl"
+    first = subprocess.Popen(command, start_new_session=True)
+    for _ in range(1200):
+        if journal.is_file() and journal.read_text().count('"answer"') >= 3:
+            break
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = [json.loads(line) for line in journal.read_text().splitlines()[1:] if line.endswith("}")]
+    answers = [k["value"] for k in kept if k["kind"] == "answer"]
+    assert 3 <= len(answers) < 20, "the kill must come in the middle"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    assert len(items) == 20 and len({(i["model_id"], i["item_id"]) for i in items}) == 20
+    assert [i["e2e_s"] for i in items[: len(answers)]] == [a["e2e_s"] for a in answers], (
+        "what was answered is not asked again"
+    )
+
+
+def test_a_broken_file_is_told_on_its_row_and_the_rest_is_kept(tiny_dist, tasks, tmp_path):
+    broken = tmp_path / "gguf-broken"
+    shutil.copytree(tiny_dist / "dist" / "gguf-q4_k_m", broken)
+    file = next(broken.glob("*.gguf"))
+    file.write_bytes(b"\0" * file.stat().st_size)
+    value = json.loads((broken / "artifact.json").read_text())
+    (broken / "artifact.json").write_text(json.dumps({**value, "id": "gguf-broken"}))
+    report = bench(
+        [tiny_dist / "dist" / "gguf-f16", broken],
+        [],
+        Workload(tasks, fidelity=False, **QUICK),
+        "auto",
+        tmp_path / "r",
+    )
+    found = {r["id"]: r for r in report.results}
+    assert "did not load" in found["gguf-broken"]["error"] and found["gguf-broken"]["accuracy"] is None
+    assert found["gguf-f16"]["error"] is None and found["gguf-f16"]["accuracy"]["n"] == 10
+    assert "gguf-broken broke off" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_what_does_not_fit_is_refused_before_it_loads_with_the_number(
+    tiny_dist, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("edgeft.bench.pool.free_bytes", lambda: 10_000_000)
+    report = bench(
+        [tiny_dist / "dist" / "gguf-f16"],
+        [],
+        Workload(tasks, fidelity=False, **QUICK),
+        "auto",
+        tmp_path / "r",
+    )
+    assert (
+        "needs about 0.2 GB" in report.results[0]["error"] and "0.0 GB are free" in report.results[0]["error"]
+    )
+    assert not list((tmp_path / "r" / ".work").glob("gguf-f16.log")), "nothing was started"
+
+
+def test_needs_grow_with_the_artefact():
+    small, large = (Target("m", "artifact", "gguf", Path("/x"), None, size) for size in (10**8, 10**9))
+    merged = Target(
+        "m",
+        "artifact",
+        "transformers",
+        Path("/x"),
+        None,
+        2 * 10**8,
+        {"format": "safetensors", "parameters": 10**8},
+    )
+    assert need_bytes(large) - need_bytes(small) == 9 * 10**8
+    assert need_bytes(merged) > 4 * 10**8, "transformers holds float16 files in float32"
+
+
+# --- tuning
+
+
+def test_a_run_profile_is_of_its_box_and_a_lost_draft_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "draft.gguf").write_bytes(b"x")
+    folder = tmp_path / "artefact"
+    folder.mkdir()
+    found = {
+        "options": {
+            "threads": 1,
+            "speculative": "draft_simple",
+            "draft": str(tmp_path / "draft.gguf"),
+            "nonsense": 1,
+        },
+        "gain": None,
+    }
+    run_profile.keep(folder, found)
+    kept = json.loads((folder / run_profile.FILE).read_text())["boxes"][run_profile.this_box()]
+    assert kept["options"]["draft"] == "../draft.gguf", "the pair of folders may move"
+    assert run_profile.options_for(folder, "gguf")["draft"] == str((tmp_path / "draft.gguf").resolve())
+    assert run_profile.options_for(folder, "onnx") == {"threads": 1}
+    (tmp_path / "draft.gguf").unlink()
+    assert run_profile.options_for(folder, "gguf") == {"threads": 1}
+    monkeypatch.setattr(run_profile, "this_box", lambda: "another box")
+    assert run_profile.options_for(folder, "gguf") == {}
+
+
+def test_only_what_is_faster_and_nowhere_slower_is_kept(monkeypatch, tmp_path):
+    import numpy as np
+
+    def rounds(time_saved, prefill, decode):
+        values = {"time": time_saved, "prefill": prefill, "decode": decode}
+        return lambda *_: [None, {k: np.log(1 - np.full(12, v)) for k, v in values.items()}]
+
+    for turns, kept in (
+        (rounds(0.1, 0.0, 0.2), True),
+        (rounds(0.1, -0.05, 0.3), False),
+        (rounds(0.0, 0.0, 0.0), False),
+    ):
+        monkeypatch.setattr(autotune, "in_turns", turns)
+        options, gain = autotune.confirm(None, [], {"threads": 2}, 1024, tmp_path / "log", lambda text: None)
+        assert gain["kept"] is kept and options == ({"threads": 2} if kept else {})
+    assert autotune.confirm(None, [], {}, 1024, tmp_path / "log", lambda text: None) == ({}, None)
+    assert autotune.interval(np.log(np.full(5, 0.5)))["ratio"] == pytest.approx(2.0), (
+        "half the time is twice the rate"
+    )
+
+
+def test_the_fast_cores_are_found_where_they_differ(tmp_path):
+    for cpu, hz in enumerate((1800, 1800, 2400, 2400)):
+        (tmp_path / f"cpu{cpu}" / "cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "cpufreq" / "cpuinfo_max_freq").write_text(str(hz))
+    assert autotune.core_groups(tmp_path) == {"fast": [2, 3]}
+    assert autotune.core_groups(tmp_path / "none") == {}
+
+
+def test_coarser_keys_are_told_by_their_distance(tiny_dist, tasks, tmp_path):
+    (target,) = find([tiny_dist / "dist" / "gguf-f16"], [])
+    fine, coarse = (autotune.kv_kld(target, tasks, kind, tmp_path / "log") for kind in ("q8_0", "q4_0"))
+    assert 0 < fine < coarse
+
+
+def test_a_search_ends_in_time_and_says_what_it_did_not_try(tiny_dist, tasks, tmp_path):
+    folder = tmp_path / "gguf-f16"
+    shutil.copytree(tiny_dist / "dist" / "gguf-f16", folder)
+    workload = Workload(
+        tasks,
+        fidelity=False,
+        speed=False,
+        autotune_seconds=0.5,
+        **{k: v for k, v in QUICK.items() if k != "fidelity_rows"},
+    )
+    report = bench([folder], [], workload, "auto", tmp_path / "r")
+    found = report.results[0]["autotune"]
+    assert (
+        found["tried"][-1]["why"] == "the time was up" and found["tried"][0].get("why") != "the time was up"
+    )
+    assert run_profile.read(folder)["boxes"][run_profile.this_box()]["options"] == found["options"]
+
+
+# --- the second GGUF engine, memory, roofline
+
+
+def test_both_gguf_engines_answer_alike(tiny_dist, tmp_path):
+    from edgeft.bench.callers import caller
+
+    texts = {}
+    for engine in ("gguf", "llama_cpp"):
+        target = Target(engine, "folder", engine, tiny_dist / "dist" / "gguf-f16", None, None)
+        with caller(target, tmp_path / f"{engine}.log", 1, 512) as (ask, _):
+            body = {
+                "messages": [{"role": "user", "content": "Où est ma carte ? 12"}],
+                "max_tokens": 12,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+            reply = ask(body)
+            texts[engine] = (reply.prompt_tokens, reply.output_tokens, reply.text)
+            assert ask({**body, "max_tokens": 3}).output_tokens == 3
+    assert texts["gguf"] == texts["llama_cpp"]
+
+
+def test_a_group_that_is_none_is_not_taken_for_one(tmp_path):
+    (tmp_path / "memory").mkdir()
+    assert memory.groups(tmp_path) is None and not list((tmp_path / "memory").iterdir())
+
+
+def test_a_memory_limit_keeps_what_is_over_it_out(tiny_dist, tmp_path):
+    if memory.groups() is None:
+        pytest.skip("no control group can be made here")
+    rows = [json.loads(line) for line in (DESK / "select.jsonl").read_text().splitlines()[:8]]
+    (target,) = find([tiny_dist / "dist" / "gguf-q4_k_m"], [])
+    found = memory.smallest_limit(target, rows, 150_000_000, 1, 512, tmp_path / "log", lambda text: None)
+    tried = {t["bytes"]: t["share_of_speed"] for t in found["tried"]}
+    assert min(tried.values()) == 0.0 or min(tried) > 20e6, (
+        "a limit far below the interpreter's own needs can't hold"
+    )
+    assert "unavailable" in found or found["share_of_speed"] >= memory.KEEP
+
+
+def test_the_roofline_of_a_file_is_its_tensors_and_its_cache(tiny_dist):
+    (target,) = find([tiny_dist / "dist" / "gguf-f16"], [])
+    shape = roofline.shape_of(target)
+    # Tiny Llama: 2 layers, 2 heads of keys of width 64, keys and values as float16; a tied head is read for every token.
+    assert shape.kv_bytes_per_token == 2 * 2 * 2 * 64 * 2
+    assert shape.weight_bytes == pytest.approx(target.facts["parameters"] * 2, rel=0.01)
+    assert roofline.decode_bound(shape, 10.0, 0) == pytest.approx(10e9 / shape.weight_bytes)
