@@ -11,8 +11,10 @@ from typing import Any
 
 COLOURS = {"safetensors": "#444444", "gguf": "#1f6fb4", "onnx": "#2c8a2c", "gptq": "#c4271f"}
 OTHER = "#7d55a8"
-WIDTH_IN = 4.6  # about a phone's width, so its text is not made smaller there
+WIDTH_IN = 4.2  # about a phone's width, so its text is not made smaller there
 ROW_IN = 0.43
+FEW = 40  # samples that are drawn as larger dots
+GAP = 1.5  # points left free round a name
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "edgeft", "font.family": "sans-serif", "font.size": 8.5, "text.parse_math": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
@@ -70,13 +72,17 @@ def named_rows(names: Sequence[str], figures: Sequence[str], panels: int = 1) ->
     for each in axes:
         each.set(ylim=(len(names), 0), yticks=[], facecolor="none")
         each.spines["left"].set_visible(panels == 1)
-    room = 58 - max((len(text) for text in figures), default=0)
+    room = 54 - max((len(text) for text in figures), default=0)
     for i, (name, text) in enumerate(zip(names, figures, strict=True)):
-        for each, x, words, side in ((axes[0], 0.0, fitted(name, room), "left"), (axes[-1], 1.0, text, "right")):
+        for each, x, words, side in (
+            (axes[0], 0.008, fitted(name, room), "left"),
+            (axes[-1], 1.0, text, "right"),
+        ):
             each.text(
                 x, i + 0.42, words, transform=each.get_yaxis_transform(), ha=side, va="bottom",
                 color="#222" if side == "left" else "#444", fontsize=8.5 if side == "left" else 7.8, in_layout=False,
-            ).set_clip_on(False)  # fmt: skip
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            )  # fmt: skip
     return made, axes
 
 
@@ -94,12 +100,11 @@ def dots(axes: Any, xs: Sequence[float], row: int, ink: str) -> None:
     corners = [(x, y) for x, y in zip(xs, spread, strict=True) for _ in (0, 1)]
     path = Path(corners, [Path.MOVETO, Path.LINETO] * len(xs))
     path.should_simplify = False
-    axes.add_patch(PathPatch(path, fill=False, edgecolor=ink, lw=2.4, alpha=0.45, capstyle="round"))
+    wide, alpha = (4.0, 0.7) if len(xs) <= FEW else (2.4, 0.45)
+    axes.add_patch(PathPatch(path, fill=False, edgecolor=ink, lw=wide, alpha=alpha, capstyle="round"))
 
 
-def names_beside(
-    made: Any, axes: Any, spots: Sequence[tuple[float, float]], names: Sequence[str]
-) -> None:
+def names_beside(made: Any, axes: Any, spots: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
     """Write each name beside its point, clear of other names, of points and of the frame; a line leads to one further off."""
     made.draw_without_rendering()
     made.set_layout_engine("none")
@@ -115,7 +120,7 @@ def names_beside(
         wide, high = scale * extent.width, scale * extent.height
         dx, dy = _free_place(where[i], (wide, high), taken, room)
         x, y = where[i][0] + dx, where[i][1] + dy
-        taken.append((x, y, x + wide, y + high))
+        taken.append((x - GAP, y - GAP, x + wide + GAP, y + high + GAP))
         far = max(abs(dy + high / 2), max(dx, -dx - wide)) > 14
         axes.annotate(
             names[i], spots[i], xytext=(dx, dy), textcoords="offset points", zorder=4, in_layout=False,
@@ -133,7 +138,9 @@ def _free_place(
     tries = [
         (dx, dy - high / 2)
         for dy in heights
-        for dx in ((7, -7 - wide) if abs(dy) < 11 else (7, -7 - wide, -wide / 2, 20, -20 - wide))
+        for dx in (
+            (7, -7 - wide) if abs(dy) < 11 else (7, -7 - wide, -wide / 2, 20, -20 - wide, 40, -40 - wide)
+        )
     ]
 
     def cost(offset: tuple[float, float]) -> float:

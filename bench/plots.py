@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from edgeft.bench import plot_data as data
 from edgeft.bench.drawing import (
@@ -55,10 +52,13 @@ def plots(report: BenchReport) -> list[Plot]:
 
 def pareto(report: BenchReport) -> Plot:
     """Quality over decode rate (over size where no speed was measured), with the front."""
-    quality, cost = data.first_known(QUALITY, report.results), data.first_known((DECODE, SIZE), report.results)
+    quality, cost = (
+        data.first_known(QUALITY, report.results),
+        data.first_known((DECODE, SIZE), report.results),
+    )
     if quality is None or cost is None:
-        what = "quality" if quality is None else "neither decode rate nor size is known"
-        return Plot("Pareto front", None, f"Pareto front: {what} not measured.".replace("known not measured", "known"))
+        what = "quality not measured" if quality is None else "neither decode rate nor size known"
+        return Plot("Pareto front", None, f"Pareto front: {what}.")
     picture, caption = _scatter(report, cost, quality, with_front=True)
     over = cost[0].partition(" (")[0]
     return Plot(f"Pareto front: quality over {over}", picture, caption)
@@ -85,8 +85,7 @@ def _scatter(
     axes = made.subplots()
     right = 1.12 * max(x.high for _, x, _ in found)
     low, high = min(y.low for *_, y in found), max(y.high for *_, y in found)
-    low, high = (0, max(100, high)) if "%" in up[0] else (low, max(high, 0))
-    slack = 0.05 * (high - low or 1)
+    slack = 0.08 * (high - low or 1)
     axes.set(xlabel=over[0], ylabel=up[0], xlim=(0, right), ylim=(low - slack, high + slack))
     for i, (r, x, y) in enumerate(found):
         ink = colour(r)
@@ -100,7 +99,9 @@ def _scatter(
     bars = "Bars: 95 % intervals (right %: Wilson's; others: bootstrap)"
     text = f"{bars}; size has none." if less else f"{bars}."
     if with_front:
-        text += " Dashed: the front; a hollow point is no better than another on either axis and worse on one. "
+        text += (
+            " Dashed: the front; a hollow point is no better than another on either axis and worse on one. "
+        )
         text += "It is drawn through the figures alone: where intervals overlap, the order is not certain."
     return svg(made), text + left_out(report, [r for r, *_ in found])
 
@@ -114,17 +115,23 @@ def latencies(report: BenchReport) -> list[Plot]:
 def _latency(report: BenchReport, shape: dict[str, int] | None) -> Plot:
     timed = [(r, p) for r in report.results if (p := data.point_at(r, shape))]
     between = any(p.get("itl_s") for _, p in timed)
-    lines = ["TTFT " + _ms(p["ttft_s"]) + (", ITL " + _ms(p["itl_s"]) if p.get("itl_s") else "") for _, p in timed]
+    lines = [
+        "TTFT " + _ms(p["ttft_s"]) + (", ITL " + _ms(p["itl_s"]) if p.get("itl_s") else "") for _, p in timed
+    ]
     made, axes = named_rows([label(r) for r, _ in timed], lines, 2 if between else 1)
     for each, key, title in zip(axes, ("ttft_s", "itl_s"), ("TTFT (ms)", "ITL (ms)"), strict=False):
         _strips(each, [(r, p.get(key)) for r, p in timed], title)
     asked = f", {shape['prompt_tokens']} tokens in, {shape['output_tokens']} out" if shape else ""
     text = "Dots: raw samples; ticks: p50 (long) and p95 (short); figures: p50 / p95 in ms, client side."
     text += " ITL: gaps between pieces of text." if between else " Gaps between tokens (ITL): not kept."
-    most = max(len(s["samples"]) for _, p in timed for s in (p["ttft_s"], p.get("itl_s")) if s)
-    if most > DOTS:
+    counts = [len(s["samples"]) for _, p in timed for s in (p["ttft_s"], p.get("itl_s")) if s]
+    if 0 in counts:
+        text += " Without dots: percentiles alone were kept."
+    if max(counts) > DOTS:
         text += f" Of more than {DOTS} samples {DOTS} are drawn, evenly spaced in rank; the ticks are of all."
-    if logarithmic := [name for each, name in zip(axes, ("TTFT", "ITL"), strict=False) if each.get_xscale() == "log"]:
+    if logarithmic := [
+        name for each, name in zip(axes, ("TTFT", "ITL"), strict=False) if each.get_xscale() == "log"
+    ]:
         text += f" Logarithmic: {' and '.join(logarithmic)}; what is too small for the axis stands at its left edge."
     return Plot(f"Latency{asked}", svg(made), text + left_out(report, [r for r, _ in timed]))
 
@@ -132,7 +139,7 @@ def _latency(report: BenchReport, shape: dict[str, int] | None) -> Plot:
 def _strips(axes: Any, rows: list[tuple[dict[str, Any], dict[str, Any] | None]], title: str) -> None:
     """A strip of dots a model with ticks at p50 and p95; the axis is logarithmic where models are far apart."""
     known = [s for _, s in rows if s]
-    middle, highest = min(s["p50"] for s in known), max(max(s["samples"]) for s in known)
+    middle, highest = min(s["p50"] for s in known), max(max([s["p95"], *s["samples"]]) for s in known)
     axes.set_xlabel(title)
     left = 0.0
     if middle > 0 and highest / middle > LOG_ABOVE:
@@ -178,7 +185,9 @@ def roofline(report: BenchReport) -> Plot:
     """Decode rate against what the memory's bandwidth allows."""
     rows = [(r, r["roofline"], rate) for r in report.results if _bound(r) and (rate := data.decode_rate(r))]
     if not rows:
-        return Plot("Roofline", None, "Roofline: bandwidth, speed or the model's shape not known, so not drawn.")
+        return Plot(
+            "Roofline", None, "Roofline: bandwidth, speed or the model's shape not known, so not drawn."
+        )
     texts = [
         f"{_three(v.middle)} of {_three(s['decode_bound_tok_per_s'])} tok/s: {100 * v.middle / s['decode_bound_tok_per_s']:.0f} %"
         for _, s, v in rows
@@ -190,12 +199,15 @@ def roofline(report: BenchReport) -> Plot:
         axes.barh(at(i), v.middle, 0.34, color=colour(r))
         axes.plot([v.low, v.high], [at(i)] * 2, color="#111", lw=1.2)
         axes.vlines(bound, at(i) - 0.24, at(i) + 0.24, color="#111", lw=1.8)
-    axes.set(xlabel="decode (tok/s)", xlim=(0, 1.03 * max(max(s["decode_bound_tok_per_s"], v.high) for _, s, v in rows)))
+    axes.set(
+        xlabel="decode (tok/s)",
+        xlim=(0, 1.03 * max(max(s["decode_bound_tok_per_s"], v.high) for _, s, v in rows)),
+    )
     over = sorted({s["over_100"] for _, s, _ in rows if s.get("over_100")})
     text = f"Grey, to the tick: what {rows[0][1]['bandwidth_gb_per_s']:g} GB/s would allow one stream, weights, keys and values "
     text += "read for each token. Colour: measured, with its 95 % interval."
     text += "".join(f" Above 100 %: {words}." for words in over)
-    return Plot("Roofline: decode against the memory's bandwidth", svg(made), text + left_out(report, [r for r, *_ in rows]))
+    return Plot("Roofline (memory bandwidth)", svg(made), text + left_out(report, [r for r, *_ in rows]))
 
 
 def _bound(r: dict[str, Any]) -> float | None:
@@ -220,11 +232,17 @@ def memory(report: BenchReport) -> Plot:
             axes.barh(at(i), own, 0.34, color=colour(r))
             axes.barh(at(i), files, 0.34, left=own, color=colour(r), alpha=0.35)
         else:
-            axes.barh(at(i), m["peak_rss_bytes"] / 1e6, 0.34, color="white", edgecolor=colour(r), hatch="////")
+            axes.barh(
+                at(i), m["peak_rss_bytes"] / 1e6, 0.34, color="white", edgecolor=colour(r), hatch="////"
+            )
     most = max(m["peak_rss_bytes"] for _, m in rows) / 1e6
     budget = 1e3 * ((report.profile.get("limits") or {}).get("memory_budget_gb") or 0)
-    axes.set(xlabel="peak resident memory (MB)", xlim=(0, 1.05 * max(most, budget if budget < 4 * most else 0)))
-    text = "Full colour: anonymous; pale: backed by files, which can be dropped and read again (peaks of each)."
+    axes.set(
+        xlabel="peak resident memory (MB)", xlim=(0, 1.05 * max(most, budget if budget < 4 * most else 0))
+    )
+    text = (
+        "Full colour: anonymous; pale: backed by files, which can be dropped and read again (peaks of each)."
+    )
     if not all(apart):
         text += " Hatched: not told apart."
     if budget:
@@ -239,7 +257,11 @@ def paired_differences(report: BenchReport) -> Plot:
     """Forest plot of right answers against the reference, in points."""
     base, rows = data.differences(report)
     if not rows:
-        return Plot("Paired differences", None, "Paired differences: no two models answered the same scored rows, or an older report.")
+        return Plot(
+            "Paired differences",
+            None,
+            "Paired differences: no two models answered the same scored rows, or an older report.",
+        )
     by_id = {r["id"]: r for r in report.results}
     names = [label(by_id[d.id]) if d.id in by_id else d.id for d in rows]
     made, (axes,) = named_rows(names, [f"{d.points:+.1f} points, {_p(d.p_holm)}" for d in rows])
@@ -247,15 +269,25 @@ def paired_differences(report: BenchReport) -> Plot:
         ink, shown = colour(by_id.get(d.id, {})), d.p_holm < ALPHA
         axes.barh(at(i), 2 * d.smallest_shown, 0.48, left=-d.smallest_shown, color="#ececec", zorder=0)
         axes.plot([d.low, d.high], [at(i)] * 2, color=ink, lw=2, zorder=3)
-        axes.plot(d.points, at(i), "D" if shown else "o", color=ink, mfc=ink if shown else "white", ms=6.5, mew=1.5, zorder=4)
+        axes.plot(
+            d.points,
+            at(i),
+            "D" if shown else "o",
+            color=ink,
+            mfc=ink if shown else "white",
+            ms=6.5,
+            mew=1.5,
+            zorder=4,
+        )
     axes.axvline(0, color="#444", lw=1, zorder=2)
+    axes.spines["left"].set_visible(False)
     reach = 1.06 * max(1.0, *(max(abs(d.low), abs(d.high), d.smallest_shown) for d in rows))
     rows_n = sorted({d.n for d in rows})
     spread = f"{rows_n[0]}" if len(rows_n) == 1 else f"{rows_n[0]} to {rows_n[-1]}"
     axes.set(xlabel=f"right answers, points more than {fitted(str(base), 30)}", xlim=(-reach, reach))
     text = f"On the same {spread} rows, with paired bootstrap 95 % intervals. Filled diamond: differs (McNemar, p < {ALPHA:g} after "
-    text += f"Holm's correction for all {len(report.pairs)} pairs of models). Grey: a difference smaller than this, n rows would not have "
-    text += "shown in 4 of 5 cases."
+    text += f"Holm's correction over the report's {len(report.pairs)} comparisons). Grey: differences too small for these rows to show in 4 of 5 "
+    text += "cases."
     shown_rows = [r for r in report.results if r["id"] in {base, *(d.id for d in rows)}]
     return Plot("Paired differences", svg(made), text + left_out(report, shown_rows))
 
@@ -294,7 +326,15 @@ def _load_panel(axes: Any, r: dict[str, Any]) -> None:
     through = [c["requests_per_s"] for c in test["closed"]]
     axes.plot(clients, through, "o-", color=ink, ms=3.5, lw=1.5)
     if test.get("limits"):
-        axes.plot(clients, [c["goodput_per_s"] for c in test["closed"]], "s--", color=ink, mfc="white", ms=3.5, lw=1.2)
+        axes.plot(
+            clients,
+            [c["goodput_per_s"] for c in test["closed"]],
+            "s--",
+            color=ink,
+            mfc="white",
+            ms=3.5,
+            lw=1.2,
+        )
     if clients[-1] >= 8 * clients[0]:
         axes.set_xscale("log")
     axes.minorticks_off()
@@ -314,7 +354,11 @@ def _load_panel(axes: Any, r: dict[str, Any]) -> None:
 
 def energy(report: BenchReport) -> Plot:
     """Joules an output token."""
-    rows = [(r, e) for r in report.results if (e := r.get("energy") or {}).get("joules_per_output_token") is not None]
+    rows = [
+        (r, e)
+        for r in report.results
+        if (e := r.get("energy") or {}).get("joules_per_output_token") is not None
+    ]
     if not rows:
         return Plot("Energy", None, "Energy: not measured.")
     texts = [f"{_three(e['joules_per_output_token'])} J/token at {_three(e['mean_w'])} W" for _, e in rows]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 
 from edgeft.bench import plot_data, plots
 from edgeft.bench.answers import figures
+from edgeft.bench.drawing import style
 from edgeft.bench.html import flags_of, page
+from edgeft.bench.importers import import_file
 from edgeft.bench.paired import pairs
 from edgeft.bench.run import compare_with_reference
 from edgeft.bench.speed import Point, point_figures
@@ -34,6 +38,12 @@ LIMITS = {"memory_budget_gb": 1.0, "decode_tok_per_s": 98.0, "ttft_s": 0.65}
 
 
 def synthetic() -> BenchReport:
+    """A copy of the synthetic report, which a test may change."""
+    return copy.deepcopy(made_once())
+
+
+@functools.cache
+def made_once() -> BenchReport:
     """A report as `bench` makes it, of models that do not exist and numbers from a seeded generator."""
     chance = np.random.default_rng(7)
     hardness = chance.uniform(size=ROWS)
@@ -87,13 +97,27 @@ def speed_of(chance, rate: float, ttft_s: float) -> dict:
 def fidelity_of(kld: float | None) -> dict | None:
     if kld is None:
         return None
-    found = {"kld_mean": kld, "kld_ci95": [0.9 * kld, 1.1 * kld], "same_top1": 1 - kld / 2, "same_top1_ci95": [1 - kld, 1.0]}
-    return {"all": {**found, "positions": 400, "rows": 16}, "answer": {**found, "positions": 70, "rows": 16}, "logits_build": "none"}
+    found = {
+        "kld_mean": kld,
+        "kld_ci95": [0.9 * kld, 1.1 * kld],
+        "same_top1": 1 - kld / 2,
+        "same_top1_ci95": [1 - kld, 1.0],
+    }
+    return {
+        "all": {**found, "positions": 400, "rows": 16},
+        "answer": {**found, "positions": 70, "rows": 16},
+        "logits_build": "none",
+    }
 
 
 def load_of(rate: float) -> dict:
     closed = [
-        {"clients": n, "requests_per_s": t, "output_tok_per_s": 32 * t, "goodput_per_s": t if n < 8 else 0.4 * t}
+        {
+            "clients": n,
+            "requests_per_s": t,
+            "output_tok_per_s": 32 * t,
+            "goodput_per_s": t if n < 8 else 0.4 * t,
+        }
         for n in (1, 2, 4, 8)
         if (t := rate / 50 * min(n, 3.5) ** 0.6)
     ]
@@ -116,7 +140,7 @@ def test_all_plots_are_there_and_are_whole_pictures(text):
     titles = re.findall(r"<figure><h2>(.*?)</h2>", text)
     assert titles == [
         "Pareto front: quality over decode", "Accuracy over size", "Latency, 128 tokens in, 64 out",
-        "Latency, 512 tokens in, 16 out", "Roofline: decode against the memory&#x27;s bandwidth", "Memory",
+        "Latency, 512 tokens in, 16 out", "Roofline (memory bandwidth)", "Memory",
         "Paired differences", "Load", "Energy",
     ]  # fmt: skip
     found = pictures(text)
@@ -131,7 +155,10 @@ def test_the_page_is_small_and_loads_nothing(text):
     assert len(text) < 1_000_000
     assert not re.search(r"<script|<link|<img|<iframe|@import|url\((?!#)|\ssrc=|<a\s", text)
     assert {m for m in re.findall(r'(?:xlink:)?href="(.)', text)} <= {"#"}
-    assert set(re.findall(r"https?://[^\"\s<]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"\s<]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
 
 
 def test_the_same_report_gives_the_same_bytes(text):
@@ -141,7 +168,18 @@ def test_the_same_report_gives_the_same_bytes(text):
 def test_what_was_not_measured_is_said_and_not_drawn():
     made = synthetic()
     for r in made.results:
-        r |= dict.fromkeys(("speed", "memory", "energy", "roofline", "load_test", "fidelity", "accuracy", "against_reference"))
+        r |= dict.fromkeys(
+            (
+                "speed",
+                "memory",
+                "energy",
+                "roofline",
+                "load_test",
+                "fidelity",
+                "accuracy",
+                "against_reference",
+            )
+        )
         r |= {"verdict": [], "flags": None}
     text = page(BenchReport(**{**vars(made), "pairs": []}))
     assert not pictures(text)
@@ -155,15 +193,16 @@ def test_what_was_not_measured_is_said_and_not_drawn():
 def test_a_model_that_a_plot_lacks_is_named_under_it():
     made = synthetic()
     made.results[2]["energy"] = made.results[3]["speed"] = None
-    by_title = {p.title: p for p in plots.plots(made)}
-    assert by_title["Energy"].caption.endswith("Not measured, so not drawn: synthetic-gguf-q4_k_m.")
-    assert "synthetic-gguf-q4_k_m" not in by_title["Energy"].svg
-    assert by_title["Latency, 128 tokens in, 64 out"].caption.endswith("not drawn: synthetic-gguf-q8_0.")
+    with style():
+        energy, (latency, _) = plots.energy(made), plots.latencies(made)
+    assert energy.caption.endswith("Not measured, so not drawn: synthetic-gguf-q4_k_m.")
+    assert "synthetic-gguf-q4_k_m" not in energy.svg
+    assert latency.caption.endswith("not drawn: synthetic-gguf-q8_0.")
 
 
 def test_names_are_escaped_and_no_formula_is_read_from_them():
     made = synthetic()
-    made.results[1]["id"] = "a<b>&\"$x_1$"
+    made.results[1]["id"] = 'a<b>&"$x_1$'
     text = page(made)
     assert "<b>&" not in text and "a&lt;b&gt;&amp;" in text
     for picture in pictures(text):
@@ -175,7 +214,7 @@ def test_verdicts_and_flags_stand_in_words(text):
     assert '<b class="pass">PASS</b>' in text
     assert '<b class="fail">FAIL memory_budget_gb</b>' in text
     assert '<b class="open">INCONCLUSIVE decode_tok_per_s</b>' in text
-    assert "<td>busy in 3 of 12</td>" in text and "<td>none</td>" in text
+    assert '<td class="words">busy in 3 of 12</td>' in text and '<td class="words">none</td>' in text
     assert flags_of({"flags": None, "speed": {"rounds": 3}}) == flags_of({"flags": [], "speed": None}) == "–"
 
 
@@ -188,20 +227,23 @@ def test_an_older_report_is_drawn_as_far_as_it_goes():
             del r[key]
     text = page(BenchReport(**{**vars(made), "pairs": []}))
     assert "<h2>Latency</h2>" in text and "Gaps between tokens (ITL): not kept." in text
-    assert "Energy: not measured." in text and "An older report, without 'points'" in text
+    assert "Energy: not measured." in text and "This report has no &#x27;points&#x27;" in text
+
+
+@pytest.mark.parametrize(("name", "pictured"), [("llama-bench", 0), ("guidellm", 1)])
+def test_a_report_of_another_tool_is_drawn_as_far_as_it_goes(name, pictured):
+    """GuideLLM may keep percentiles without samples: ticks without dots."""
+    text = page(import_file(Path(__file__).parent / "imports" / f"{name}.json"))
+    assert len(pictures(text)) == pictured == text.count("Without dots: percentiles alone were kept.")
 
 
 def test_the_memory_budget_is_drawn_or_said_to_be_far_off():
     made = synthetic()
-    assert "1 GB: the dashed line" in plots_of(made)["Memory"].caption
+    assert "1 GB: the dashed line" in plots.memory(made).caption
     made.profile["limits"] = {"memory_budget_gb": 64}
-    assert "64 GB, far right of this axis" in plots_of(made)["Memory"].caption
+    assert "64 GB, far right of this axis" in plots.memory(made).caption
     made.profile["limits"] = {}
-    assert "budget" not in plots_of(made)["Memory"].caption
-
-
-def plots_of(made: BenchReport) -> dict[str, plots.Plot]:
-    return {p.title: p for p in plots.plots(made)}
+    assert "budget" not in plots.memory(made).caption
 
 
 # --- the numbers under the plots
@@ -223,7 +265,14 @@ def test_the_front_holds_what_no_other_beats(points, less, expected):
 
 def test_the_staircase_goes_round_what_is_beaten():
     assert plot_data.staircase([(1, 5), (3, 2)], 0, 0) == [(0, 5), (0, 5), (1, 5), (1, 2), (3, 2), (3, 0)]
-    assert plot_data.staircase([(1, 2), (3, 5)], 0, 9, True) == [(9, 5), (9, 5), (3, 5), (3, 2), (1, 2), (1, 0)]
+    assert plot_data.staircase([(1, 2), (3, 5)], 0, 9, True) == [
+        (9, 5),
+        (9, 5),
+        (3, 5),
+        (3, 2),
+        (1, 2),
+        (1, 0),
+    ]
 
 
 def test_quality_falls_back_to_what_is_known():
@@ -235,8 +284,9 @@ def test_quality_falls_back_to_what_is_known():
         r["speed"] = None
         if r["fidelity"]:
             del r["fidelity"]["all"]["same_top1"]
-    drawn = plots.plots(made)
-    assert drawn[0].title == "Pareto front: quality over size" and "-KLD" in drawn[0].svg
+    with style():
+        drawn = plots.pareto(made)
+    assert drawn.title == "Pareto front: quality over size" and "-KLD" in drawn.svg
     found = plot_data.minus_kld(made.results[1])
     assert found.low < found.middle == -0.063 < found.high
 
@@ -246,7 +296,9 @@ def test_dots_are_thinned_evenly_by_rank_and_that_is_said(text):
     kept = plot_data.thinned(samples)
     assert len(kept) == 300 and (kept[0], kept[-1]) == (0, 999) and np.diff(kept).max() <= 4
     assert plot_data.thinned([3, 1, 2]) == [1, 2, 3]
-    assert text.count("Of more than 300 samples 300 are drawn") == 1, "of the first shape alone: 756 gaps a model"
+    assert text.count("Of more than 300 samples 300 are drawn") == 1, (
+        "of the first shape alone: 756 gaps a model"
+    )
 
 
 def test_differences_are_turned_towards_the_reference():
@@ -255,7 +307,12 @@ def test_differences_are_turned_towards_the_reference():
     assert base == "synthetic-merged" and [d.id for d in found] == [m[0] for m in MODELS[1:]]
     turned = copy.deepcopy(made.pairs)
     for p in turned:
-        p |= {"a": p["b"], "b": p["a"], "points": -p["points"], "points_ci95": [-p["points_ci95"][1], -p["points_ci95"][0]]}
+        p |= {
+            "a": p["b"],
+            "b": p["a"],
+            "points": -p["points"],
+            "points_ci95": [-p["points_ci95"][1], -p["points_ci95"][0]],
+        }
     assert plot_data.differences(BenchReport(**{**vars(made), "pairs": turned})) == (base, found)
     other, _ = plot_data.differences(BenchReport(**{**vars(made), "reference": None}))
     assert other == "synthetic-merged", "without a reference the first model"
