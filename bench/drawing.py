@@ -15,7 +15,7 @@ WIDTH_IN = 4.2  # about a phone's width, so its text is not made smaller there
 ROW_IN = 0.43
 FEW = 40  # samples that are drawn as larger dots
 GAP = 1.5  # points left free round a name
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "edgeft", "font.family": "sans-serif", "font.size": 8.5, "text.parse_math": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True,
 }  # fmt: skip
@@ -111,7 +111,7 @@ def names_beside(made: Any, axes: Any, spots: Sequence[tuple[float, float]], nam
     scale = 72 / made.dpi
     where = [tuple(scale * v for v in axes.transData.transform(spot)) for spot in spots]
     frame = axes.get_window_extent()
-    room: Box = tuple(scale * v for v in (frame.x0, frame.y0, frame.x1 + 4, frame.y1))  # type: ignore[assignment]
+    room: Box = tuple(scale * v for v in (frame.x0, frame.y0, frame.x1 + 4, frame.y1))
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in where]
     for i in sorted(range(len(names)), key=lambda i: -where[i][1]):
         probe = axes.text(0, 0, names[i])

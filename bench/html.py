@@ -34,7 +34,8 @@ b{font-weight:600;padding:.05rem .35rem;border-radius:.2rem;border:1px solid;dis
 ul{font-size:.86rem;color:#333;padding-left:1.2rem;overflow-wrap:anywhere}
 @page{size:A4;margin:12mm}
 @media print{body{margin:0;max-width:none;padding:0;font-size:10pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.plots{display:block}.plots{orphans:1;widows:1}figcaption{font-size:7.5pt}figure{display:inline-block;width:48.5%;vertical-align:top;margin:0 .6% 5mm}h2{break-after:avoid}
+.plots{display:block}.plots{orphans:1;widows:1}figcaption{font-size:7.5pt}
+figure{display:inline-block;width:48.5%;vertical-align:top;margin:0 .6% 5mm}h2{break-after:avoid}
 .wide{overflow:visible;border:0}table{font-size:5.9pt;line-height:1.25}th,td{padding:1.2pt 1.6pt;white-space:normal}
 th:first-child,td:first-child{position:static;min-width:54pt}td.words{min-width:0}tr,li{break-inside:avoid}b{padding:0 1pt;border:0}}
 """

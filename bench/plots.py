@@ -151,8 +151,9 @@ def _strips(axes: Any, rows: list[tuple[dict[str, Any], dict[str, Any] | None]],
         axes.set_xlim(0, 1e3 * highest * 1.05)
         axes.xaxis.set_major_locator(_few_ticks())
     for i, (r, found) in enumerate(rows):
-        if found:
+        if found and found["samples"]:
             dots(axes, [max(left, 1e3 * s) for s in data.thinned(found["samples"])], i, colour(r))
+        if found:
             for name, half in (("p50", 0.24), ("p95", 0.15)):
                 axes.vlines(1e3 * found[name], at(i) - half, at(i) + half, color="#111", lw=1.5, zorder=4)
 
@@ -285,9 +286,9 @@ def paired_differences(report: BenchReport) -> Plot:
     rows_n = sorted({d.n for d in rows})
     spread = f"{rows_n[0]}" if len(rows_n) == 1 else f"{rows_n[0]} to {rows_n[-1]}"
     axes.set(xlabel=f"right answers, points more than {fitted(str(base), 30)}", xlim=(-reach, reach))
-    text = f"On the same {spread} rows, with paired bootstrap 95 % intervals. Filled diamond: differs (McNemar, p < {ALPHA:g} after "
-    text += f"Holm's correction over the report's {len(report.pairs)} comparisons). Grey: differences too small for these rows to show in 4 of 5 "
-    text += "cases."
+    text = f"On the same {spread} rows, with paired bootstrap 95 % intervals. Filled diamond: differs (McNemar, p < {ALPHA:g} "
+    text += f"after Holm's correction over all pairs of models, {len(report.pairs)} here). Grey: differences too small for these "
+    text += "rows to show in 4 of 5 cases."
     shown_rows = [r for r in report.results if r["id"] in {base, *(d.id for d in rows)}]
     return Plot("Paired differences", svg(made), text + left_out(report, shown_rows))
 
