@@ -67,8 +67,8 @@ def within(found: dict[str, Any] | None) -> str:
     """A median with half its interval, as '104.0 ±1.2'."""
     if not found:
         return "–"
-    low, high = found["p50_ci95"]
-    return f"{found['p50']:.1f} ±{(high - low) / 2:.1f}"
+    low, high = found.get("p50_ci95") or (None, None)
+    return f"{found['p50']:.1f}" + ("" if low is None or high is None else f" ±{(high - low) / 2:.1f}")
 
 
 def verdict_of(r: dict[str, Any]) -> str:
@@ -94,6 +94,10 @@ def number(value: float | None, scale: float, digits: int) -> str:
 
 def notes(report: BenchReport) -> list[str]:
     """What a reader must know of the table, formulas included."""
+    if origin := report.environment.get("imported_from"):
+        return [
+            f"Imported from {origin['tool']}. Its figures are by that tool's own formulas; edgeft did not measure them."
+        ]
     w = report.workload
     builds = sorted({r["engine_build"] for r in report.results if r.get("engine_build")})
     logit_builds = sorted({r["fidelity"]["logits_build"] for r in report.results if r.get("fidelity")})
@@ -142,21 +146,23 @@ def _interval(ci95: list[float] | None) -> str:
 def _speed_notes(report: BenchReport) -> list[str]:
     """Shapes, intervals that stayed wide, disturbances, share of the roofline, energy, what broke."""
     lines = []
-    timed = [r for r in report.results if r.get("speed")]
+    timed = [
+        r for r in report.results if (r.get("speed") or {}).get("points")
+    ]  # reports of older runs have none
     if timed:
         shapes = ", ".join(
             f"{p['asked']['prompt_tokens']} in / {p['asked']['output_tokens']} out"
             for p in timed[0]["speed"]["points"]
         )
         lines.append(f"Speed: {shapes} tokens; the columns show the first shape, report.json all of them.")
-        wide = [r for r in timed if not r["speed"]["settled"]]
+        wide = [r for r in timed if r["speed"].get("settled") is False]
         if wide:
             listed = ", ".join(f"{r['id']} ({_percent(r['speed']['widest_interval'])})" for r in wide)
             lines.append(f"The time was up before every median's interval was within 5 %: {listed}.")
         short = [
             f"{r['id']} ({r['speed']['shortened_to_tokens']})"
             for r in timed
-            if r["speed"]["shortened_to_tokens"]
+            if r["speed"].get("shortened_to_tokens")
         ]
         if short:
             lines.append(f"Slow, so asked for fewer tokens: {', '.join(short)}.")

@@ -209,3 +209,12 @@ def test_what_is_broken_is_found_with_and_without_jsonschema(name):
 @pytest.mark.parametrize("report", REPORTS, ids=["llama-bench", "guidellm"])
 def test_imports_have_a_line_of_csv_each(report):
     assert len(csv_text(report).splitlines()) == 1 + len(report.results)
+
+
+@pytest.mark.parametrize("name", ["llama-bench", "guidellm"])
+def test_an_imported_report_is_shown_and_claims_no_measuring(name):
+    from edgeft.bench.html import page
+    from edgeft.bench.report import markdown
+
+    report = import_file(Path(__file__).parent / "imports" / f"{name}.json")
+    assert "did not measure" in markdown(report) and "did not measure" in page(report)
