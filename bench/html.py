@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from html import escape
 from typing import Any
 
@@ -46,7 +45,7 @@ def page(report: BenchReport) -> str:
     drawn = plots(report)
     missing = [plot.caption for plot in drawn if plot.svg is None]
     listed = "".join(
-        f"<li>{escape(line)}</li>" for line in missing + [n for n in _notes(report) if n not in missing]
+        f"<li>{escape(line)}</li>" for line in missing + [n for n in notes(report) if n not in missing]
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>edgeft bench</title>'
@@ -127,14 +126,3 @@ def flags_of(r: dict[str, Any]) -> str:
     for flag in r["flags"]:
         kinds.setdefault(flag["what"], set()).add(flag["round"])
     return ", ".join(f"{what} in {len(seen)} of {rounds}" for what, seen in kinds.items()) or "none"
-
-
-def _notes(report: BenchReport) -> list[str]:
-    """The report's notes; where it lacks what they tell of, as an older one does, that is said."""
-    try:
-        return notes(report)
-    except KeyError as missing:
-        name = re.sub(r"\W", "", str(missing))
-        return [
-            f"This report has no '{name}', which the notes on its figures need, so they are left out here."
-        ]
