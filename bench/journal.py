@@ -6,9 +6,12 @@ journal begins anew.
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
+
+from edgeft.errors import EnvironmentFault
 
 
 class Journal:
@@ -24,6 +27,8 @@ class Journal:
             file.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
             return
         for line in known[1:]:
+            if line["kind"].endswith("error"):
+                continue  # what broke is tried again
             self.facts.setdefault((line["target"], line["kind"]), []).append(line["value"])
         if len(known) < len(lines):  # the line that was being written when it ended
             file.write_text(
@@ -31,9 +36,17 @@ class Journal:
             )
 
     def add(self, target: str, kind: str, value: Any) -> None:
-        """Keep a fact. Raises OSError where the disk is full."""
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"target": target, "kind": kind, "value": value}, ensure_ascii=False) + "\n")
+        """Keep a fact. Raises EnvironmentFault where the disk is full; what was kept before stays."""
+        line = json.dumps({"target": target, "kind": kind, "value": value}, ensure_ascii=False) + "\n"
+        try:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(line)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise EnvironmentFault(
+                f"the disk is full: {self.file} takes no more.", f"df -h {self.file.parent}"
+            ) from None
         self.facts.setdefault((target, kind), []).append(value)
 
     def all(self, target: str, kind: str) -> list[Any]:

@@ -129,7 +129,12 @@ def smallest_limit(
             return 0.0  # it did not load, or was killed
 
     say("speed without a limit")
-    whole = statistics.median(rate(None) for _ in range(2))
+    try:
+        whole = statistics.median(rate(None) for _ in range(2))
+    except OSError as error:
+        return {"unavailable": f"{version}: {error}"}
+    if not whole:
+        return {"unavailable": "it did not run in a control group of its own"}
     tried: list[dict[str, Any]] = []
     low, high = 0, round(1.3 * peak_bytes)
     while (high - low) / high > WITHIN and len(tried) < 12:

@@ -43,7 +43,20 @@ def test_a_journal_is_read_back_and_a_half_written_line_is_not(tmp_path):
     assert again.all("m", "answer") == [{"n": 1}, {"n": 2}] and again.last("m", "answer") == {"n": 2}
     again.add("m", "answer", {"n": 3})
     assert [json.loads(line) for line in file.read_text().splitlines()][-1]["value"] == {"n": 3}
+    again.add("m", "error", "gone")
+    assert Journal(file, "k").last("m", "error") is None, "what broke is tried again"
     assert Journal(file, "another").empty(), "another workload must not take what this one found"
+
+
+def test_a_full_disk_is_told_in_two_lines(tmp_path):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    journal = Journal(tmp_path / "journal.jsonl", "k")
+    journal.file = full
+    with pytest.raises(EnvironmentFault, match="the disk is full") as found:
+        journal.add("m", "answer", {"n": 1})
+    assert found.value.hint.startswith("df -h")
 
 
 class Stand:
