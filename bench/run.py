@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import autotune, fidelity, load, roofline, speed
+from edgeft.bench import autotune, fidelity, load, pack, roofline, speed
 from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
@@ -17,6 +17,7 @@ from edgeft.bench.energy import result as energy_of
 from edgeft.bench.environment import environment
 from edgeft.bench.index import after_run
 from edgeft.bench.journal import Journal
+from edgeft.bench.pack_compare import PackYardstick
 from edgeft.bench.paired import pairs
 from edgeft.bench.pool import Pool, drop_from_cache
 from edgeft.bench.report import write_report
@@ -58,10 +59,12 @@ class Workload:
     power_csv: Path | None = None  # of a wall meter
     autotune_seconds: float = 0.0  # of each artefact's search; 0: none
     speculate: bool = False  # let the search try drafts
+    pack: Path | None = None  # a reference pack, which KLD is taken against instead of the merged model
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""
         found = {**asdict(self), "tasks": sha256_file(self.tasks), "points": [str(p) for p in self.points]}
+        found["pack"] = sha256_file(self.pack / pack.FACTS) if self.pack else None
         return found | {"power_csv": None}  # read when the report is written
 
 
@@ -84,6 +87,8 @@ def bench(
     if not workload.allow_seen_rows:
         for target in targets:
             refuse_seen(rows, target.seen_rows, f"measure {target.id}", workload.tasks)
+    if workload.pack:
+        pack.check(workload.pack, targets, workload.allow_seen_rows)
     meter = Meter(workload.power_csv)
     box, others = profile_of(profile), [asdict(get_profile(name)) for name in predict]
     state = out / ".work"
@@ -216,7 +221,11 @@ def compare_logits(
 ) -> None:
     """KLD and its like of every artefact that has none yet."""
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
-        yardstick = Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
+        yardstick = (
+            PackYardstick(workload.pack, threads)
+            if workload.pack
+            else Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
+        )
         for target in targets:
             if target.path is None or journal.all(target.id, "fidelity"):
                 continue
