@@ -60,7 +60,9 @@ def compare_with_pack(engine: str, folder: Path, pack: Pack, threads: int, log: 
     found = child.call(f"edgeft.bench.pack_compare:{function}", log=log, title=title, **arguments)
     made = {k: pack.facts[k] for k in ("top_k", "tail_samples")}
     return {
-        **summarize(found, pack.facts["tail_samples"], answer_only),
+        **summarize(
+            {k: v for k, v in found.items() if k not in child.COST}, pack.facts["tail_samples"], answer_only
+        ),
         "pack": {
             **made,
             "sha256": pack.facts["file"]["sha256"],
