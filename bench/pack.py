@@ -226,9 +226,11 @@ def read_arrays(file: Path) -> dict[str, Any]:
     return found
 
 
-def check(folder: Path, targets: list[Target], allow_seen_rows: bool) -> None:
-    """Read a pack before anything is measured. Raises UsageError where it is none, or where a target's making has seen
-    its rows: KLD on them would flatter."""
+def check(folder: Path, targets: list[Target], allow_seen_rows: bool) -> list[str]:
+    """Read a pack before anything is measured; returns the hashes of its rows.
+
+    Raises UsageError where it is none, or where a target's making has seen its rows: KLD on them would flatter.
+    """
     hashes = {row["row_hash"]: row["id"] for row in load_pack(folder).facts["rows"]}
     for target in targets if not allow_seen_rows else ():
         for kind, seen in target.seen_rows.items():
@@ -239,6 +241,7 @@ def check(folder: Path, targets: list[Target], allow_seen_rows: bool) -> None:
                     f"and cannot be used to measure {target.id}.",
                     "pack another part of the data, or --allow-seen-rows and a figure that flatters",
                 )
+    return list(hashes)
 
 
 def note(fidelity: dict[str, Any] | None) -> str | None:
@@ -247,9 +250,9 @@ def note(fidelity: dict[str, Any] | None) -> str | None:
     if not fidelity or not made:
         return None
     figures = fidelity["all"] or fidelity["answer"]
-    counts = [
-        f"{fidelity[part]['positions']} {part} positions" for part in ("answer", "all") if fidelity[part]
-    ]
+    counts = [f"{fidelity['answer']['positions']} answer positions"]
+    if fidelity["all"]:
+        counts.append(f"{fidelity['all']['positions']} positions")
     if made["tail_samples"]:
         bound, error = figures["kld_lower_bound"], figures["kld_sampling_error"]
         doubt = f"at least {bound:.4f} nats (lower bound), sampling error {error:.4f}"
@@ -257,5 +260,5 @@ def note(fidelity: dict[str, Any] | None) -> str | None:
         doubt = "no artefact can pass by it, only fail"
     return (
         f"KLD: {fidelity['basis']}, {doubt}; k {made['top_k']}, {made['tail_samples']} tail samples a position, "
-        f"{', '.join(counts)} of {figures['rows']} rows of {made['rows_file']}; logits through {fidelity['logits_build']}."
+        f"{' and '.join(counts)} of {figures['rows']} rows of {made['rows_file']}; logits through {fidelity['logits_build']}."
     )

@@ -87,8 +87,7 @@ def bench(
     if not workload.allow_seen_rows:
         for target in targets:
             refuse_seen(rows, target.seen_rows, f"measure {target.id}", workload.tasks)
-    if workload.pack:
-        pack.check(workload.pack, targets, workload.allow_seen_rows)
+    packed = pack.check(workload.pack, targets, workload.allow_seen_rows) if workload.pack else []
     meter = Meter(workload.power_csv)
     box, others = profile_of(profile), [asdict(get_profile(name)) for name in predict]
     state = out / ".work"
@@ -118,7 +117,7 @@ def bench(
         },
         results=results,
         reference=REFERENCE if reference else None,
-        seen_rows={"bench": [row_hash(row) for row in rows]},
+        seen_rows={"bench": list(dict.fromkeys([*(row_hash(row) for row in rows), *packed]))},
         pairs=pairs(items, [target.id for target in targets]),
     )  # fmt: skip
     write_report(report, items, out)
