@@ -93,6 +93,9 @@ def kld_figure(part: str, a: dict[str, Any], b: dict[str, Any], same_rows: bool)
     }
     if not same_rows or left.get("positions") != right.get("positions"):
         return {**figure, "verdict": "not comparable", "why": "taken on other rows"}
+    bases = [(r.get("fidelity") or {}).get("basis", "full vocabulary") for r in (a, b)]
+    if bases[0] != bases[1]:
+        return {**figure, "verdict": "not comparable", "why": f"{bases[0]}, and {bases[1]}"}
     if not figure["ci95_a"] or not figure["ci95_b"]:
         return {**figure, "verdict": "not tested", "why": "no interval was kept"}
     (low_a, high_a), (low_b, high_b) = figure["ci95_a"], figure["ci95_b"]

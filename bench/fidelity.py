@@ -137,14 +137,16 @@ def log_softmax(values: Any) -> Any:
 def summarize(found: dict[str, Any]) -> dict[str, Any]:
     """`all` and `answer` figures of what `compare` returned; intervals by bootstrap over rows."""
     return {
-        "all": _figures(found, lambda answer: [True] * len(answer)),
-        "answer": _figures(found, lambda answer: [bool(a) for a in answer]),
+        "all": figures_of(found, lambda answer: [True] * len(answer)),
+        "answer": figures_of(found, lambda answer: [bool(a) for a in answer]),
+        "basis": "full vocabulary",
         "formula": "KL(p_reference || p_artefact), full vocabulary, nats; mean over positions, interval over rows",
         "logits_build": found["build"],
     }
 
 
-def _figures(found: dict[str, Any], keep: Any) -> dict[str, Any]:
+def figures_of(found: dict[str, Any], keep: Any) -> dict[str, Any]:
+    """Means, percentiles and intervals over the positions that `keep` (of a row's `answer` marks) leaves."""
     masks = [np.array(keep(answer)) for answer in found["answer"]]
     take = {
         k: [np.array(v)[m] for v, m in zip(found[k], masks, strict=True)]

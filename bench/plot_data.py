@@ -28,7 +28,7 @@ class Difference:
     points: float
     low: float
     high: float
-    smallest_shown: float
+    smallest_shown: float | None  # None where so few rows could not show any
     p_holm: float
     n: int
 

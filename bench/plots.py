@@ -268,7 +268,8 @@ def paired_differences(report: BenchReport) -> Plot:
     made, (axes,) = named_rows(names, [f"{d.points:+.1f} points, {_p(d.p_holm)}" for d in rows])
     for i, d in enumerate(rows):
         ink, shown = colour(by_id.get(d.id, {})), d.p_holm < ALPHA
-        axes.barh(at(i), 2 * d.smallest_shown, 0.48, left=-d.smallest_shown, color="#ececec", zorder=0)
+        if d.smallest_shown is not None:
+            axes.barh(at(i), 2 * d.smallest_shown, 0.48, left=-d.smallest_shown, color="#ececec", zorder=0)
         axes.plot([d.low, d.high], [at(i)] * 2, color=ink, lw=2, zorder=3)
         axes.plot(
             d.points,
@@ -282,7 +283,7 @@ def paired_differences(report: BenchReport) -> Plot:
         )
     axes.axvline(0, color="#444", lw=1, zorder=2)
     axes.spines["left"].set_visible(False)
-    reach = 1.06 * max(1.0, *(max(abs(d.low), abs(d.high), d.smallest_shown) for d in rows))
+    reach = 1.06 * max(1.0, *(max(abs(d.low), abs(d.high), d.smallest_shown or 0.0) for d in rows))
     rows_n = sorted({d.n for d in rows})
     spread = f"{rows_n[0]}" if len(rows_n) == 1 else f"{rows_n[0]} to {rows_n[-1]}"
     axes.set(xlabel=f"right answers, points more than {fitted(str(base), 30)}", xlim=(-reach, reach))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgeft.bench import pack
 from edgeft.files import write_json, write_jsonl, write_text
 from edgeft.types import BenchReport
 
@@ -101,7 +102,7 @@ def notes(report: BenchReport) -> list[str]:
     w = report.workload
     builds = sorted({r["engine_build"] for r in report.results if r.get("engine_build")})
     logit_builds = sorted({r["fidelity"]["logits_build"] for r in report.results if r.get("fidelity")})
-    found = next((r["fidelity"] for r in report.results if r.get("fidelity")), None)
+    found = next((f for r in report.results if (f := r.get("fidelity")) and not f.get("pack")), None)
     lines = [
         f"Measured {report.created_at} on {box_name(report)}, {w['threads']} threads, with {', '.join(builds) or 'remote servers'}.",
         f"right %: answers of {w['rows']} rows of {w['tasks']}, greedy, at most {w['max_tokens']} tokens; "
@@ -120,6 +121,7 @@ def notes(report: BenchReport) -> list[str]:
             f"{found['all']['positions']} positions of {found['all']['rows']} rows after the system prompt; logits through "
             f"{', '.join(logit_builds)}. gguf-f16, where it is there, is the engine's own floor."
         )
+    lines += [f"{r['id']}: {said}" for r in report.results if (said := pack.note(r.get("fidelity")))]
     others = [r["id"] for r in report.results if (r["fidelity"] or {}).get("of_another_model")]
     if others:
         lines.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import autotune, fidelity, load, memory, roofline, speed, sustained
+from edgeft.bench import autotune, fidelity, load, memory, pack, roofline, speed, sustained
 from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
@@ -17,6 +17,7 @@ from edgeft.bench.energy import result as energy_of
 from edgeft.bench.environment import environment
 from edgeft.bench.index import after_run
 from edgeft.bench.journal import Journal
+from edgeft.bench.pack_compare import PackYardstick
 from edgeft.bench.paired import pairs
 from edgeft.bench.pool import Pool, drop_from_cache
 from edgeft.bench.report import write_report
@@ -61,10 +62,12 @@ class Workload:
     speculate: bool = False  # let the search try drafts
     memory_limit: bool = False  # find the smallest limit that keeps the speed
     sustained_seconds: float = 0.0  # of one stream without a pause; 0: none
+    pack: Path | None = None  # a reference pack, which KLD is taken against instead of the merged model
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""
         found = {**asdict(self), "tasks": sha256_file(self.tasks), "points": [str(p) for p in self.points]}
+        found["pack"] = sha256_file(self.pack / pack.FACTS) if self.pack else None
         # The meter is read when the report is written; the base is a target, known by its hash.
         return found | {"power_csv": None, "base": None}
 
@@ -88,6 +91,7 @@ def bench(
     if not workload.allow_seen_rows:
         for target in targets:
             refuse_seen(rows, target.seen_rows, f"measure {target.id}", workload.tasks)
+    packed = pack.check(workload.pack, targets, workload.allow_seen_rows) if workload.pack else []
     meter = Meter(workload.power_csv)
     box, others = profile_of(profile), [asdict(get_profile(name)) for name in predict]
     state = out / ".work"
@@ -118,7 +122,7 @@ def bench(
         },
         results=results,
         reference=REFERENCE if reference else None,
-        seen_rows={"bench": [row_hash(row) for row in rows]},
+        seen_rows={"bench": list(dict.fromkeys([*(row_hash(row) for row in rows), *packed]))},
         pairs=pairs(items, [target.id for target in targets]),
     )  # fmt: skip
     write_report(report, items, out)
@@ -249,7 +253,11 @@ def compare_logits(
 ) -> None:
     """KLD and its like of every artefact that has none yet."""
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
-        yardstick = Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
+        yardstick = (
+            PackYardstick(workload.pack, threads)
+            if workload.pack
+            else Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
+        )
         for target in targets:
             if target.path is None or journal.all(target.id, "fidelity") or target == reference:
                 continue

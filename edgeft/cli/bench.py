@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from edgeft import console
-from edgeft.cli import Group, bench_runs, options
+from edgeft.cli import Group, bench_pack, bench_runs, options
 
 
 @click.group("bench", cls=Group, default="run")
@@ -17,7 +17,7 @@ def command() -> None:
     """
 
 
-for _command in bench_runs.COMMANDS:
+for _command in (*bench_runs.COMMANDS, bench_pack.pack_command):
     command.add_command(_command)
 
 
@@ -132,6 +132,11 @@ for _command in bench_runs.COMMANDS:
     show_default=True,
     help="Rows that KLD is taken on.",
 )
+@click.option(
+    "--pack",
+    type=click.Path(path_type=Path),
+    help="Take KLD against this reference pack (`bench pack`), as on a box that can't load the merged model.",
+)
 @click.option("--no-speed", is_flag=True, help="Leave the speed workload out.")
 @click.option("--no-fidelity", is_flag=True, help="Leave KLD out.")
 @click.option("--allow-seen-rows", is_flag=True, help="Measure on rows that training or calibration saw.")
@@ -161,6 +166,7 @@ def run_command(
     threads: int | None,
     context: int,
     fidelity_rows: int,
+    pack: Path | None,
     no_speed: bool,
     no_fidelity: bool,
     allow_seen_rows: bool,
@@ -194,6 +200,7 @@ def run_command(
         threads=threads,
         context=context,
         fidelity_rows=fidelity_rows,
+        pack=pack,
         speed=not no_speed,
         fidelity=not no_fidelity,
         allow_seen_rows=allow_seen_rows,
