@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import autotune, fidelity, load, roofline, speed
+from edgeft.bench import autotune, choices, context, fidelity, load, roofline, speed
 from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
@@ -34,7 +34,7 @@ from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash, spread
 from edgeft.types import BenchReport
 
 REFERENCE = "merged"
-ERRORS = ("error", "load-error", "fidelity-error")  # kinds of fact
+ERRORS = ("error", "load-error", "fidelity-error", "choices-error", "context-error")  # kinds of fact
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Workload:
     power_csv: Path | None = None  # of a wall meter
     autotune_seconds: float = 0.0  # of each artefact's search; 0: none
     speculate: bool = False  # let the search try drafts
+    context_lengths: tuple[int, ...] = ()  # prompts of the synthetic task, in tokens; none: it is left out
+    context_repetitions: int = 4  # of each length and depth
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""
@@ -80,6 +82,7 @@ def bench(
     """
     rows = spread(load_rows(workload.tasks), workload.limit)
     check(rows, workload.tasks)
+    choices.check(rows, workload.tasks)
     targets = find(places, models)
     if not workload.allow_seen_rows:
         for target in targets:
@@ -89,6 +92,7 @@ def bench(
     state = out / ".work"
     threads = workload.threads or default_threads()
     max_tokens = workload.max_tokens or max(16, max(len(answer_of(row)) for row in rows) // 2)
+    context.check(workload.context_lengths, max_tokens, workload.context)
     key = sha256_json([[t.id, t.sha256] for t in targets] + [workload.key(), threads])
     journal = Journal(state / "journal.jsonl", key)
     if not journal.empty():
@@ -100,7 +104,9 @@ def bench(
     measure(targets, rows, workload, max_tokens, box, meter, journal)
     if workload.fidelity:
         compare_logits(targets, reference, workload, threads, journal, state)
+        choices.measure(targets, rows, threads, journal, state)
     items = [item for target in targets for item in journal.all(target.id, "answer")]
+    items = choices.with_choices(items, journal)
     results = [entry_of(target, journal, workload, box, meter, others) for target in targets]
     compare_with_reference(results, items, REFERENCE)
     report = BenchReport(
@@ -161,6 +167,12 @@ def measure(
                 )
         for target in targets:
             answers(target, pool, rows, max_tokens, journal)
+            if workload.fidelity:
+                choices.read(target, pool, rows, journal)
+            if workload.context_lengths:
+                with console.step(f"context of {target.id}") as say:
+                    lengths, repetitions = workload.context_lengths, workload.context_repetitions
+                    context.measure(target, pool, rows, lengths, repetitions, max_tokens, journal, say)
             pool.end(target)
     for target in local if workload.load_levels else ():
         under_load(target, rows, workload, box.get("limits") or {}, journal, logs[target.id])
@@ -240,6 +252,8 @@ def entry_of(
         "load": None, "speed": found_speed, "memory": None, "price": None,
         "accuracy": figures(items) if items else None,
         "fidelity": journal.last(target.id, "fidelity"),
+        "choices": choices.result(journal, target),
+        "context": context.result(journal, target),
         "load_test": journal.last(target.id, "load"),
         "energy": energy_of(journal.all(target.id, "block"), meter),
         "flags": flags,

@@ -116,8 +116,20 @@ for _command in bench_runs.COMMANDS:
     show_default=True,
     help="Rows that KLD is taken on.",
 )
+@click.option(
+    "--context-lengths",
+    metavar="N,N,…",
+    help="Also ask prompts of so many tokens, as 256,512,1024,1900, a fact at five depths (synthetic).",
+)
+@click.option(
+    "--context-repetitions",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Prompts of each length and depth.",
+)
 @click.option("--no-speed", is_flag=True, help="Leave the speed workload out.")
-@click.option("--no-fidelity", is_flag=True, help="Leave KLD out.")
+@click.option("--no-fidelity", is_flag=True, help="Leave KLD and choices by log-probability out.")
 @click.option("--allow-seen-rows", is_flag=True, help="Measure on rows that training or calibration saw.")
 @options
 def run_command(
@@ -142,6 +154,8 @@ def run_command(
     threads: int | None,
     context: int,
     fidelity_rows: int,
+    context_lengths: str | None,
+    context_repetitions: int,
     no_speed: bool,
     no_fidelity: bool,
     allow_seen_rows: bool,
@@ -152,6 +166,7 @@ def run_command(
     files. Writes report.json, items.jsonl, report.md and report.html.
     """
     from edgeft.bench import Workload, bench
+    from edgeft.bench.context import read_lengths
     from edgeft.bench.load import read_levels
     from edgeft.bench.report import COLUMNS, table_rows
     from edgeft.bench.speed import read_points
@@ -172,6 +187,8 @@ def run_command(
         threads=threads,
         context=context,
         fidelity_rows=fidelity_rows,
+        context_lengths=read_lengths(context_lengths),
+        context_repetitions=context_repetitions,
         speed=not no_speed,
         fidelity=not no_fidelity,
         allow_seen_rows=allow_seen_rows,
