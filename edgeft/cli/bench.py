@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from edgeft import console
-from edgeft.cli import Group, bench_runs, options
+from edgeft.cli import Group, bench_lm_eval, bench_runs, options
 
 
 @click.group("bench", cls=Group, default="run")
@@ -17,7 +17,7 @@ def command() -> None:
     """
 
 
-for _command in bench_runs.COMMANDS:
+for _command in (*bench_runs.COMMANDS, *bench_lm_eval.COMMANDS):
     command.add_command(_command)
 
 
