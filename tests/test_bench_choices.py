@@ -43,7 +43,8 @@ def test_every_continuation_is_answered_once_by_a_run_that_begins_with_it():
             {
                 "prompt": chance.integers(0, 3, chance.integers(1, 5)).tolist(),
                 "continuations": [
-                    chance.integers(0, 3, chance.integers(1, 5)).tolist() for _ in range(chance.integers(1, 6))
+                    chance.integers(0, 3, chance.integers(1, 5)).tolist()
+                    for _ in range(chance.integers(1, 6))
                 ],
             }
             for _ in range(chance.integers(1, 6))
@@ -55,8 +56,12 @@ def test_every_continuation_is_answered_once_by_a_run_that_begins_with_it():
                 seen.append((number, index))
                 fed = items[number]["prompt"] + items[number]["continuations"][index][:-1]
                 assert run[: len(fed)] == fed
-        assert sorted(seen) == [(n, i) for n, item in enumerate(items) for i in range(len(item["continuations"]))]
-        assert not any(a != b and b[: len(a)] == a for a in runs for b in runs), "a run that another holds is waste"
+        assert sorted(seen) == [
+            (n, i) for n, item in enumerate(items) for i in range(len(item["continuations"]))
+        ]
+        assert not any(a != b and b[: len(a)] == a for a in runs for b in runs), (
+            "a run that another holds is waste"
+        )
         assert len({tuple(r) for r in runs}) == len(runs)
 
 
@@ -64,7 +69,9 @@ def test_a_continuations_sum_is_the_sum_of_its_tokens():
     logits = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
     p = [[math.exp(x) / sum(math.exp(y) for y in line) for x in line] for line in logits.tolist()]
     found = likelihood.of_continuation(logits, 2, [3, 0, 5])
-    assert found["logprob"] == pytest.approx(math.log(p[1][3]) + math.log(p[2][0]) + math.log(p[3][5]), abs=1e-6)
+    assert found["logprob"] == pytest.approx(
+        math.log(p[1][3]) + math.log(p[2][0]) + math.log(p[3][5]), abs=1e-6
+    )
     best = [int(np.argmax(logits[i])) for i in (1, 2)]
     assert likelihood.of_continuation(logits, 2, best)["greedy"]
     assert not likelihood.of_continuation(logits, 2, [best[0], (best[1] + 1) % 6])["greedy"]
@@ -87,7 +94,9 @@ def test_figures_are_shares_with_wilsons_intervals():
     lines = [choices.judged(row(), [-1.0, -2.0]) for _ in range(3)] + [choices.judged(row(), [-2.0, -1.0])]
     found = choices.figures(lines)
     assert found["accuracy"] == 0.75 and found["n"] == 4 and found["chance"] == 0.5
-    assert found["ci95"] == pytest.approx([0.3006, 0.9544], abs=1e-3) and found["margin_mean"] == pytest.approx(0.5)
+    assert found["ci95"] == pytest.approx([0.3006, 0.9544], abs=1e-3) and found[
+        "margin_mean"
+    ] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +170,9 @@ def test_sums_are_those_of_whole_forward_passes(tmp_path, tiny_models):
             assert got == pytest.approx(wanted, abs=1e-3)
     again = choices.result(journal, target)
     assert again and "items" not in again and again["n"] == 3
-    items = choices.with_choices([{"item_id": "1", "model_id": target.id}, {"item_id": "x", "model_id": target.id}], journal)
+    items = choices.with_choices(
+        [{"item_id": "1", "model_id": target.id}, {"item_id": "x", "model_id": target.id}], journal
+    )
     assert "choice_correct" in items[0] and "choice_correct" not in items[1]
     assert f"n {again['n']}" in choices.notes({"id": "m", "choices": again})[0]
 

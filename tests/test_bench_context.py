@@ -20,7 +20,12 @@ from tests.conftest import write_rows
 LENGTHS = (256, 512, 1024)
 TARGET = Target("m", "artifact", "gguf", Path("/nowhere"), "sha", 10**6)
 ROWS = [
-    {"id": str(i), "task": "exact", "messages": [{"role": "user", "content": f"Question number {i}, which is asked."}, {"role": "assistant", "content": "a"}]}
+    {
+        "id": str(i), "task": "exact",
+        "messages": [
+            {"role": "user", "content": f"Question number {i}, which is asked."}, {"role": "assistant", "content": "a"},
+        ],
+    }
     for i in range(12)
 ]  # fmt: skip
 
@@ -44,7 +49,9 @@ class Stand:
             place = text.index(f"The code of locker {asked[1]} is ")
             code = text[place:].split(" is ")[1][:4]
             notes = text[text.index("\n\n") + 2 : text.rindex("\n\n")]
-            depth = (place - text.index("\n\n") - 2) / max(1, len(notes) - len(f"The code of locker {asked[1]} is {code}."))
+            depth = (place - text.index("\n\n") - 2) / max(
+                1, len(notes) - len(f"The code of locker {asked[1]} is {code}.")
+            )
             output = f"It is {code[0]},{code[1:]}." if self.finds(tokens, depth) else "9999999"
         else:
             output = "a" if tokens < 400 else "b"
@@ -69,12 +76,20 @@ def test_a_prompt_is_the_same_for_its_seed_and_holds_its_code_once_at_its_depth(
         assert prompt.count(code) == 1
         sentences = prompt.split("\n\n")[1].split(". ")
         assert len(sentences) == 81 and code in sentences[round(80 * depth)]
-        assert sum("The code of locker" in s for s in sentences) == 1 + 80 // PERIOD * 2, "others must distract"
+        assert sum("The code of locker" in s for s in sentences) == 1 + 80 // PERIOD * 2, (
+            "others must distract"
+        )
 
 
 @pytest.mark.parametrize(
     ("output", "code"),
-    [("4815", "4815"), ("It is 4,815.", "4815"), ("locker K271: 4815", "4815"), ("48151", None), ("none", None)],
+    [
+        ("4815", "4815"),
+        ("It is 4,815.", "4815"),
+        ("locker K271: 4815", "4815"),
+        ("48151", None),
+        ("none", None),
+    ],
 )
 def test_a_code_is_found_in_an_answer(output, code):
     assert code_in(output) == code
@@ -97,7 +112,9 @@ def test_prompts_are_as_long_as_asked_and_not_longer(tmp_path):
 def test_a_model_that_ends_at_600_tokens_is_told_so(tmp_path):
     found = context.result(measured(tmp_path, Stand(lambda tokens, depth: tokens < 600)), TARGET)
     assert [c["right"] for c in found["lengths"]] == [20, 20, 0] and found["effective_tokens"] == 512
-    assert found["lengths"][0]["n"] == 20 and found["lengths"][0]["ci95"][0] == pytest.approx(0.8389, abs=1e-3)
+    assert found["lengths"][0]["n"] == 20 and found["lengths"][0]["ci95"][0] == pytest.approx(
+        0.8389, abs=1e-3
+    )
     assert found["lengths"][1]["ttft_s"]["p50"] == pytest.approx(0.5, abs=0.02)
     assert found["lengths"][1]["prefill_tok_per_s"]["p50"] == pytest.approx(1000)
     own = found["rows"]
@@ -108,8 +125,16 @@ def test_a_model_that_ends_at_600_tokens_is_told_so(tmp_path):
 
 
 def test_a_model_that_loses_the_middle_shows_it_by_depth(tmp_path):
-    found = context.result(measured(tmp_path, Stand(lambda t, depth: t < 300 or abs(depth - 0.5) > 0.2)), TARGET)
-    assert {d["depth"]: d["right"] for d in found["lengths"][2]["depths"]} == {0: 4, 0.25: 4, 0.5: 0, 0.75: 4, 1: 4}
+    found = context.result(
+        measured(tmp_path, Stand(lambda t, depth: t < 300 or abs(depth - 0.5) > 0.2)), TARGET
+    )
+    assert {d["depth"]: d["right"] for d in found["lengths"][2]["depths"]} == {
+        0: 4,
+        0.25: 4,
+        0.5: 0,
+        0.75: 4,
+        1: 4,
+    }
     assert "depth 0.5" in " ".join(context.notes({"id": "m", "context": found}))
 
 
@@ -147,8 +172,14 @@ def test_an_interrupted_run_goes_on_and_a_broken_engine_is_told(tmp_path):
 def test_a_length_that_does_not_fit_is_refused_with_the_number(tmp_path, rows_file, tiny_models):
     from edgeft.bench import Workload, bench
 
-    with pytest.raises(UsageError, match="2040 tokens.*context of 2048") as caught:
-        bench([tiny_models["llama"]], [], Workload(tasks=rows_file, context_lengths=(256, 2040)), "auto", tmp_path / "out")
+    with pytest.raises(UsageError, match=r"2040 tokens.*context of 2048") as caught:
+        bench(
+            [tiny_models["llama"]],
+            [],
+            Workload(tasks=rows_file, context_lengths=(256, 2040)),
+            "auto",
+            tmp_path / "out",
+        )
     assert "--context 2080" in caught.value.hint and not (tmp_path / "out").exists()
     context.check((256, 2008), 16, 2048)
     with pytest.raises(UsageError, match="500 for its answer"):
@@ -173,7 +204,10 @@ def test_a_bench_with_choices_and_lengths_writes_both(tmp_path, tiny_models):
     from tests.test_cli import edgeft
 
     rows = [
-        {"id": str(i), "task": "choice", "choices": ["good", "bad"], "messages": [{"role": "user", "content": f"Is {i} good?"}, {"role": "assistant", "content": "good"}]}
+        {
+            "id": str(i), "task": "choice", "choices": ["good", "bad"],
+            "messages": [{"role": "user", "content": f"Is {i} good?"}, {"role": "assistant", "content": "good"}],
+        }
         for i in range(3)
     ]  # fmt: skip
     file = write_rows(tmp_path / "rows.jsonl", rows)
