@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child, console
-from edgeft.bench import autotune, fidelity, load, memory, pack, roofline, speed, sustained
+from edgeft.bench import autotune, choices, context, fidelity, load, memory, pack, roofline, speed, sustained
 from edgeft.bench.answers import ask_all, figures
 from edgeft.bench.callers import caller
 from edgeft.bench.energy import Meter
@@ -35,7 +35,7 @@ from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash, spread
 from edgeft.types import BenchReport
 
 REFERENCE, BASE = "merged", "(base)"
-ERRORS = ("error", "load-error", "fidelity-error")  # kinds of fact
+ERRORS = ("error", "load-error", "fidelity-error", "choices-error", "context-error")  # kinds of fact
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Workload:
     memory_limit: bool = False  # find the smallest limit that keeps the speed
     sustained_seconds: float = 0.0  # of one stream without a pause; 0: none
     pack: Path | None = None  # a reference pack, which KLD is taken against instead of the merged model
+    context_lengths: tuple[int, ...] = ()  # prompts of the synthetic task, in tokens; none: it is left out
+    context_repetitions: int = 4  # of each length and depth
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""
@@ -87,6 +89,7 @@ def bench(
     """
     rows = spread(load_rows(workload.tasks), workload.limit)
     check(rows, workload.tasks)
+    choices.check(rows, workload.tasks)
     targets = find(places, models) + ([base_of(workload.base)] if workload.base else [])
     if not workload.allow_seen_rows:
         for target in targets:
@@ -97,6 +100,7 @@ def bench(
     state = out / ".work"
     threads = workload.threads or default_threads()
     max_tokens = workload.max_tokens or max(16, max(len(answer_of(row)) for row in rows) // 2)
+    context.check(workload.context_lengths, max_tokens, workload.context)
     key = sha256_json([[t.id, t.sha256] for t in targets] + [workload.key(), threads])
     journal = Journal(state / "journal.jsonl", key)
     if not journal.empty():
@@ -108,7 +112,9 @@ def bench(
     measure(targets, rows, workload, max_tokens, box, meter, journal)
     if workload.fidelity:
         compare_logits(targets, reference, workload, threads, journal, state)
+        choices.measure(targets, rows, threads, journal, state)
     items = [item for target in targets for item in journal.all(target.id, "answer")]
+    items = choices.with_choices(items, journal)
     results = [entry_of(target, journal, workload, box, meter, others) for target in targets]
     compare_with_reference(results, items, REFERENCE)
     add_retention(results, items, REFERENCE, BASE)
@@ -172,6 +178,12 @@ def measure(
             answers(target, pool, rows, max_tokens, journal)
             if workload.sustained_seconds and target.path:
                 endure(target, pool, rows, workload, journal)
+            if workload.fidelity:
+                choices.read(target, pool, rows, journal)
+            if workload.context_lengths:
+                with console.step(f"context of {target.id}") as say:
+                    lengths, repetitions = workload.context_lengths, workload.context_repetitions
+                    context.measure(target, pool, rows, lengths, repetitions, max_tokens, journal, say)
             pool.end(target)
     for target in local if workload.memory_limit else ():
         memory_of(target, rows, workload, journal, logs[target.id])
@@ -281,6 +293,8 @@ def entry_of(
         "load": None, "speed": found_speed, "memory": None, "price": None,
         "accuracy": figures(items) if items else None,
         "fidelity": journal.last(target.id, "fidelity"),
+        "choices": choices.result(journal, target),
+        "context": context.result(journal, target),
         "load_test": journal.last(target.id, "load"),
         "sustained": journal.last(target.id, "sustained"),
         "energy": energy_of(journal.all(target.id, "block"), meter),

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from edgeft import console
-from edgeft.cli import Group, bench_pack, bench_runs, options
+from edgeft.cli import Group, bench_lm_eval, bench_pack, bench_runs, options
 
 
 @click.group("bench", cls=Group, default="run")
@@ -17,7 +17,7 @@ def command() -> None:
     """
 
 
-for _command in (*bench_runs.COMMANDS, bench_pack.pack_command):
+for _command in (*bench_runs.COMMANDS, *bench_lm_eval.COMMANDS, bench_pack.pack_command):
     command.add_command(_command)
 
 
@@ -137,8 +137,20 @@ for _command in (*bench_runs.COMMANDS, bench_pack.pack_command):
     type=click.Path(path_type=Path),
     help="Take KLD against this reference pack (`bench pack`), as on a box that can't load the merged model.",
 )
+@click.option(
+    "--context-lengths",
+    metavar="N,N,…",
+    help="Also ask prompts of so many tokens, as 256,512,1024,1900, a fact at five depths (synthetic).",
+)
+@click.option(
+    "--context-repetitions",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Prompts of each length and depth.",
+)
 @click.option("--no-speed", is_flag=True, help="Leave the speed workload out.")
-@click.option("--no-fidelity", is_flag=True, help="Leave KLD out.")
+@click.option("--no-fidelity", is_flag=True, help="Leave KLD and choices by log-probability out.")
 @click.option("--allow-seen-rows", is_flag=True, help="Measure on rows that training or calibration saw.")
 @options
 def run_command(
@@ -167,6 +179,8 @@ def run_command(
     context: int,
     fidelity_rows: int,
     pack: Path | None,
+    context_lengths: str | None,
+    context_repetitions: int,
     no_speed: bool,
     no_fidelity: bool,
     allow_seen_rows: bool,
@@ -177,6 +191,7 @@ def run_command(
     files. Writes report.json, items.jsonl, report.md and report.html.
     """
     from edgeft.bench import Workload, bench
+    from edgeft.bench.context import read_lengths
     from edgeft.bench.load import read_levels
     from edgeft.bench.report import COLUMNS, table_rows
     from edgeft.bench.speed import read_points
@@ -201,6 +216,8 @@ def run_command(
         context=context,
         fidelity_rows=fidelity_rows,
         pack=pack,
+        context_lengths=read_lengths(context_lengths),
+        context_repetitions=context_repetitions,
         speed=not no_speed,
         fidelity=not no_fidelity,
         allow_seen_rows=allow_seen_rows,

@@ -1,7 +1,7 @@
 """OpenAI's chat API over a Python generator, for engines that bring no server: one request at a time.
 
 Standard library alone, since it runs on edge boxes. A client that leaves ends the generator at the
-next token. `/tokenize` and `/apply-template` answer as llama.cpp's server does.
+next token. `/tokenize`, `/apply-template` and `/completion` (of token ids) answer as llama.cpp's server does.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Reader:
 
     tokenize: Callable[[str], list[int]]  # a text's ids, nothing added before or after
     render: Callable[[list[dict[str, Any]]], str]  # messages -> the prompt, the answer's turn opened
+    complete: Callable[[list[int], Sampling], Iterator[Token]]  # ids -> tokens behind them, as they come
 
 
 def listen(chat: Chat, key: str, model_name: str, reader: Reader | None = None) -> int:
@@ -97,7 +98,7 @@ def handler(chat: Chat, key: str, model_name: str, reader: Reader | None) -> typ
             if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {key}"):
                 self.fail(401, "wrong key")
             elif self.path != "/v1/chat/completions" and not (
-                reader and self.path in ("/tokenize", "/apply-template")
+                reader and self.path in ("/tokenize", "/apply-template", "/completion")
             ):
                 self.fail(404, f"no such path: {self.path}")
             elif length > MAX_BODY_BYTES:
@@ -110,6 +111,12 @@ def handler(chat: Chat, key: str, model_name: str, reader: Reader | None) -> typ
                         return
                     if reader and self.path == "/apply-template":
                         self.reply(200, {"prompt": reader.render(body["messages"])})
+                        return
+                    if reader and self.path == "/completion":
+                        asked = sampling_of({**body, "max_tokens": body["n_predict"]})
+                        with turn:
+                            pieces = list(until_stop(reader.complete(body["prompt"], asked), asked))
+                        self.reply(200, {"content": "".join(piece.text for piece in pieces)})
                         return
                     messages, sampling = body["messages"], sampling_of(body)
                 except (ValueError, KeyError, TypeError) as error:

@@ -53,13 +53,16 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def render(messages: list[dict[str, Any]]) -> str:
         return str(render_chat(messages=messages).prompt)  # type: ignore[arg-type]
 
+    def complete(ids: list[int], sampling: Sampling) -> Iterator[Token]:
+        return generate(llama, context, vocabulary, ids, sampling, options["context"])
+
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
         ids = tokenize(render(messages))
         if len(ids) + 1 > options["context"]:
             raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
-        return len(ids), generate(llama, context, vocabulary, ids, sampling, options["context"])
+        return len(ids), complete(ids, sampling)
 
-    port = listen(chat, options["key"], options["name"], Reader(tokenize, render))
+    port = listen(chat, options["key"], options["name"], Reader(tokenize, render, complete))
     return {"port": port, "build": logits_build(), "load_mode": "mmap"}
 
 

@@ -37,11 +37,14 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
         ids = tokenize(render(messages))
+        return len(ids), complete(ids, sampling)
+
+    def complete(ids: list[int], sampling: Sampling) -> Iterator[Token]:
         if len(ids) + 1 > options["context"]:
             raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
-        return len(ids), generate(model, tokenizer, ids, sampling, options["context"])
+        return generate(model, tokenizer, ids, sampling, options["context"])
 
-    port = listen(chat, options["key"], options["name"], Reader(tokenize, render))
+    port = listen(chat, options["key"], options["name"], Reader(tokenize, render, complete))
     return {"port": port, "build": f"onnxruntime-genai {version('onnxruntime-genai')}", "load_mode": "read"}
 
 

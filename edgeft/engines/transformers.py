@@ -19,14 +19,17 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return len(ids), complete(ids, sampling)
+
+    def complete(ids: list[int], sampling: Sampling) -> Iterator[Token]:
         if len(ids) + 1 > options["context"]:
             raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
-        return len(ids), generate(model, tokenizer, ids, sampling)
+        return generate(model, tokenizer, ids, sampling)
 
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    reader = Reader(lambda text: tokenizer.encode(text, add_special_tokens=False), render)
+    reader = Reader(lambda text: tokenizer.encode(text, add_special_tokens=False), render, complete)
     port = listen(chat, options["key"], options["name"], reader)
     return {"port": port, "build": f"transformers {transformers.__version__}", "load_mode": "read"}
 
