@@ -1,5 +1,6 @@
 assert __name__ == "edgeft.bench", "import edgeft.bench, not bench from the checkout"
 
-from edgeft.bench.run import Workload, bench
+from edgeft.bench.run import bench
+from edgeft.bench.workload import Workload
 
 __all__ = ["Workload", "bench"]

@@ -27,7 +27,7 @@ from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row, load_rows, spread
 
 if TYPE_CHECKING:
-    from edgeft.bench.run import Workload
+    from edgeft.bench.workload import Workload
 
 POINTS = (Point(512, 8), Point(64, 48))  # one that is prefill, one that is decode
 TRY_ROUNDS, CONFIRM_ROUNDS = 5, 12

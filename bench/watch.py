@@ -6,9 +6,8 @@ import os
 import time
 from typing import Any
 
-from edgeft.profiles.sensors import swap_and_steal, throttle_state, throttled
-
 from edgeft import child
+from edgeft.profiles.sensors import swap_and_steal, throttle_state, throttled
 
 BUSY_CORES = 0.10  # of other processes, over the time measured
 STEAL_SHARE = 0.02  # of the cores

@@ -14,10 +14,10 @@ import pytest
 from edgeft.bench import plot_data, plots
 from edgeft.bench.answers import figures
 from edgeft.bench.drawing import style
+from edgeft.bench.entries import compare_with_reference
 from edgeft.bench.html import flags_of, page
 from edgeft.bench.importers import import_file
 from edgeft.bench.paired import pairs
-from edgeft.bench.run import compare_with_reference
 from edgeft.bench.speed import Point, point_figures
 from edgeft.bench.stats import bootstrap
 from edgeft.bench.verdict import verdicts

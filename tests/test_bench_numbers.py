@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeft.bench import answers, fidelity, report
-from edgeft.bench.run import compare_with_reference
+from edgeft.bench.entries import compare_with_reference
 from edgeft.bench.score import score
 from edgeft.bench.stats import bootstrap_ratio_of_sums, mcnemar, summary, wilson
 from edgeft.engines.client import gather
@@ -156,7 +156,7 @@ def test_report_shows_a_dash_for_what_was_not_measured_and_loads_nothing():
 
 def test_an_artefact_of_another_model_is_told_in_the_report(tmp_path):
     """An earlier adapter's artefact, or the base's own, beside a new merged model: its KLD holds more than quantizing."""
-    from edgeft.bench.run import of_another_model
+    from edgeft.bench.reference import of_another_model
     from edgeft.bench.targets import Target
 
     def target(name: str, digest: str, **facts: str) -> Target:
