@@ -108,7 +108,7 @@ def onnxruntime_rates(threads: int, budget_s: float) -> Found:
 
 
 def best_rate(multiplier: Callable[[int], Callable[[], Any]], budget_s: float) -> tuple[float, int]:
-    """(10**9 operations a second, n) of the best pass, by 2 n**3 / time.
+    """(10**9 operations a second, n) of the best n's second-fastest pass, by 2 n**3 / time; one alone can be a slip.
 
     `multiplier(n)` gives what multiplies two n x n matrices once. n grows while two more passes fit the budget.
     """
@@ -119,14 +119,14 @@ def best_rate(multiplier: Callable[[int], Callable[[], Any]], budget_s: float) -
         if best and time.perf_counter() + 2 * work / best > until:
             break
         multiply = multiplier(n)
-        for _ in range(PASSES):
+        rates: list[float] = []
+        while len(rates) < PASSES and (not rates or time.perf_counter() < until):
             begun = time.perf_counter()
             multiply()
-            ended = time.perf_counter()
-            if work / (ended - begun) > best:
-                best, best_n = work / (ended - begun), n
-            if ended > until:
-                break
+            rates.append(work / (time.perf_counter() - begun))
+        confirmed = sorted(rates)[-2:][0]
+        if confirmed > best:
+            best, best_n = confirmed, n
     return best, best_n
 
 
@@ -178,7 +178,7 @@ def _in_child(package: str, timeout_s: float, threads: int, budget_s: float) -> 
 
 
 def _rated(rate: float, by: str) -> dict[str, Any]:
-    return {"rate": round(rate, 1), "method": f"best pass of {by}", "reason": None}
+    return {"rate": round(rate, 1), "method": f"second-fastest pass of {by}", "reason": None}
 
 
 def _absent(reason: str) -> dict[str, Any]:

@@ -242,7 +242,11 @@ def test_the_fastest_runtime_stands():
     [
         (lambda n: n, 0.8, (2048, 2048)),  # 17 GOP at 2 TOP/s: all sizes fit
         (lambda n: 0.1, 0.3, (0.1, 256)),  # one pass is over the budget, and it counts
-        (lambda n: 100 if n < 1024 else 1e6, 0.04, (100, 256)),  # by what it did so far 1024 does not fit
+        (
+            lambda n: 100 - n / 256 if n < 1024 else 1e6,
+            0.04,
+            (99, 256),
+        ),  # by what it did so far 1024 does not fit
     ],
 )
 def test_matrices_grow_while_they_fit_the_budget(monkeypatch, gop_per_s, budget_s, expected):
@@ -258,6 +262,17 @@ def test_matrices_grow_while_they_fit_the_budget(monkeypatch, gop_per_s, budget_
     rate, n = gemm.best_rate(multiplier, budget_s)
     assert rate == pytest.approx(expected[0])
     assert n == expected[1]
+
+
+def test_one_pass_that_nothing_confirms_does_not_count(monkeypatch):
+    clock, spans = {"s": 0.0}, iter([1.0, 0.001, 0.5, *[1.0] * 100])
+    monkeypatch.setattr(gemm, "time", SimpleNamespace(perf_counter=lambda: clock["s"]))
+    monkeypatch.setattr(gemm, "SIZES", (1000,))
+
+    def multiply():
+        clock["s"] += next(spans)
+
+    assert gemm.best_rate(lambda n: multiply, 10)[0] == pytest.approx(4)  # 2 GOP in 0.5 s
 
 
 def test_the_model_written_by_hand_multiplies():
