@@ -56,7 +56,7 @@ def lm_eval_command(
 
 def _rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line a task and metric; lm-eval writes metrics as 'acc,none' and their errors as 'acc_stderr,none'."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for task, found in results.items():
         for key, value in found.items():
             metric, _, chosen = key.partition(",")
