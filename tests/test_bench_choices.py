@@ -191,8 +191,8 @@ def test_what_rows_begin_with_alike_is_computed_once_with_the_same_result(tmp_pa
     found = []
     for reuse in (False, True):
         child.call(
-            "tests.tests_support:dump_logits", log=tmp_path / "log", title="t", engine="gguf", ids=rows, reuse=reuse,
-            folder=str(tiny_dist / "dist" / "gguf-f16"), out=str(tmp_path / f"{reuse}.npz"), env={"PYTHONPATH": str(ROOT)},
+            "tests_support:dump_logits", log=tmp_path / "log", title="t", engine="gguf", ids=rows, reuse=reuse,
+            folder=str(tiny_dist / "dist" / "gguf-f16"), out=str(tmp_path / f"{reuse}.npz"), env={"PYTHONPATH": str(ROOT / "tests")},
         )  # fmt: skip
         found.append(np.load(tmp_path / f"{reuse}.npz"))
     for index, row in enumerate(rows):
