@@ -197,7 +197,8 @@ def test_what_rows_begin_with_alike_is_computed_once_with_the_same_result(tmp_pa
         found.append(np.load(tmp_path / f"{reuse}.npz"))
     for index, row in enumerate(rows):
         fresh, reused = (values[str(index)] for values in found)
-        assert fresh.shape[0] == len(row) and np.abs(fresh - reused).max() < 1e-4
+        # Batches of another size are rounded otherwise; a token at a wrong place is off by a tenth.
+        assert fresh.shape[0] == len(row) and np.abs(fresh - reused).max() < 2e-3
 
 
 def test_one_run_answers_all_choices_of_one_token(tmp_path, tiny_models):
