@@ -152,9 +152,9 @@ def behind(row: Row, rows: list[Row], tokens: int, size: dict[str, Any]) -> Row:
 
 
 def result(journal: Journal, target: Target) -> dict[str, Any] | None:
-    """The `context` entry of a report."""
+    """The `context` entry of a report; None where it was not asked for or broke off: half of it would mislead."""
     asked = journal.all(target.id, "context")
-    if not asked:
+    if not asked or journal.last(target.id, "context-error"):
         return None
     lengths = [at_length(tokens, asked) for tokens in sorted({a["tokens"] for a in asked})]
     plain = {item["item_id"]: item["correct"] for item in journal.all(target.id, "answer")}

@@ -61,7 +61,9 @@ def score(engine: str, folder: str, items: list[dict[str, Any]], threads: int) -
     module = module_of(engine)
     runs, where = plan(items)
     found: list[list[Any]] = [[None] * len(item["continuations"]) for item in items]
-    logits = module.logits(Path(folder), runs, {"threads": threads, "context": 1 << 12}) if runs else []
+    # Sorted, so that what begins alike follows one another: an engine that knows `reuse` computes it once.
+    options = {"threads": threads, "context": 1 << 12, "reuse": True}
+    logits = module.logits(Path(folder), runs, options) if runs else []
     for done, (values, answers) in enumerate(zip(logits, where, strict=True), 1):
         for number, index in answers:
             item = items[number]

@@ -15,7 +15,7 @@ from edgeft.bench.pool import Pool
 from edgeft.bench.targets import Target, find
 from edgeft.errors import UsageError
 from edgeft.rows import Row
-from tests.conftest import write_rows
+from tests.conftest import ROOT, write_rows
 
 
 def row(answer: str = "yes", options: list | None = None, **more) -> Row:
@@ -184,6 +184,21 @@ def test_a_gguf_file_reads_and_scores_as_its_source(tmp_path, tiny_dist):
     found, wanted = (journal.last(target.id, "choices")["items"] for journal, target in (gguf, ours))
     for a, b in zip(found, wanted, strict=True):
         assert a["choice_logprobs"] == pytest.approx(b["choice_logprobs"], abs=0.05)
+
+
+def test_what_rows_begin_with_alike_is_computed_once_with_the_same_result(tmp_path, tiny_dist):
+    rows = [[1, 40, 50, 60], [1, 40, 50, 61, 62], [1, 40, 50, 61, 62], [1, 40, 50], [7, 8], [1, 40]]
+    found = []
+    for reuse in (False, True):
+        child.call(
+            "tests_support:dump_logits", log=tmp_path / "log", title="t", engine="gguf", ids=rows, reuse=reuse,
+            folder=str(tiny_dist / "dist" / "gguf-f16"), out=str(tmp_path / f"{reuse}.npz"), env={"PYTHONPATH": str(ROOT / "tests")},
+        )  # fmt: skip
+        found.append(np.load(tmp_path / f"{reuse}.npz"))
+    for index, row in enumerate(rows):
+        fresh, reused = (values[str(index)] for values in found)
+        # Batches of another size are rounded otherwise; a token at a wrong place is off by a tenth.
+        assert fresh.shape[0] == len(row) and np.abs(fresh - reused).max() < 2e-3
 
 
 def test_one_run_answers_all_choices_of_one_token(tmp_path, tiny_models):

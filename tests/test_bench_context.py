@@ -159,6 +159,7 @@ def test_an_interrupted_run_goes_on_and_a_broken_engine_is_told(tmp_path):
     measured(tmp_path / "a", whole)
     journal = measured(tmp_path / "b", Stand(breaks_at=20))
     assert journal.last("m", "context-error") == "the engine is gone" and journal.all("m", "context")
+    assert context.result(journal, TARGET) is None
     del journal.facts[("m", "context-error")]
     again = Stand()
     context.measure(TARGET, again, ROWS, LENGTHS, 4, 8, journal, lambda text: None)

@@ -113,7 +113,8 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
     """Logits of every position, a float32 array [tokens, vocabulary] a row. Runs in a child process.
 
     xllamacpp's server gives no log-probabilities of the prompt, so this is another build of llama.cpp
-    than the one that serves; reports name both.
+    than the one that serves; reports name both. With the option `reuse` a row's beginning that the row before it had is not
+    computed again.
     """
     import llama_cpp as llama
     import numpy as np
@@ -149,21 +150,40 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     batch = llama.llama_batch_init(longest, 0, 1)
     try:
+        last: list[int] = []
+        found = None
         for row in ids:
-            llama.llama_memory_clear(llama.llama_get_memory(context), True)
-            batch.n_tokens = len(row)
-            for index, token in enumerate(row):
-                batch.token[index], batch.pos[index] = token, index
+            memory = llama.llama_get_memory(context)
+            shared = beginning(row, last) if options.get("reuse") else 0
+            if not shared or not llama.llama_memory_seq_rm(memory, 0, shared, -1):
+                shared = 0  # some kinds of memory can't be cut
+                llama.llama_memory_clear(memory, True)
+            batch.n_tokens = len(row) - shared
+            for index, token in enumerate(row[shared:]):
+                batch.token[index], batch.pos[index] = token, shared + index
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
                 batch.logits[index] = 1
             if llama.llama_decode(context, batch) != 0:
                 raise RuntimeError(f"llama_decode failed on a row of {len(row)} tokens")
             flat = ctypes.cast(llama.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
-            yield np.ctypeslib.as_array(flat, (len(row), vocabulary)).copy()
+            new = np.ctypeslib.as_array(flat, (len(row) - shared, vocabulary))
+            found = np.concatenate([found[:shared], new]) if found is not None and shared else new.copy()
+            last = row
+            yield found
     finally:
         llama.llama_batch_free(batch)
         llama.llama_free(context)
         llama.llama_model_free(model)
+
+
+def beginning(row: list[int], last: list[int]) -> int:
+    """How many ids two rows begin with alike, the row's last one left out: something must be computed."""
+    same = 0
+    for a, b in zip(row[:-1], last, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
 
 
 def logits_build() -> str:
