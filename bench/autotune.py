@@ -1,4 +1,4 @@
-"""Which options run an artefact fastest on this box: a search within a budget, confirmed on requests it did not choose by.
+"""Which options run an artefact fastest on this box: a search within a budget, confirmed on rows it did not choose by.
 
 One knob after the other: each value is asked in turns with the best so far, and taken where it saves time beyond doubt.
 In the end the choice is measured against the engine's defaults once more; it is kept only where it is faster and neither
@@ -20,6 +20,7 @@ import numpy as np
 from edgeft import child
 from edgeft.bench import speed
 from edgeft.bench.callers import Caller, caller
+from edgeft.bench.pool import refuse_without_room
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
 from edgeft.engines.local import default_threads, usable_cores
@@ -88,6 +89,7 @@ def tune(
 ) -> dict[str, Any]:
     """{"options", "gain", "tried", …}: what to run the target with here; the defaults ({}) where nothing is faster."""
     begun, context = time.monotonic(), workload.context
+    asked, kept = (rows[::2], rows[1::2]) if len(rows) > 1 else (rows, rows)
     best: dict[str, Any] = {}
     tried: list[dict[str, Any]] = []
     for name, change in knobs(target, beside, workload.speculate):
@@ -104,7 +106,7 @@ def tune(
                 if entry["kld_nats"] > KV_MAX_KLD:
                     entry["why"] = f"KLD {entry['kld_nats']:.4f} is over {KV_MAX_KLD}"
                     continue
-            ratios = in_turns(target, rows, [best, candidate], TRY_ROUNDS, len(tried), context, log)[1]
+            ratios = in_turns(target, asked, [best, candidate], TRY_ROUNDS, len(tried), context, log)[1]
         except EnvironmentFault as error:
             entry["why"] = error.message
             continue
@@ -112,7 +114,7 @@ def tune(
         entry["time_saved"] = float(np.median(saved))
         if np.median(saved) > GAIN and (saved > 0).mean() >= AGREEING:
             best, entry["taken"] = candidate, True
-    chosen, gain = confirm(target, rows, best, context, log, say)
+    chosen, gain = confirm(target, kept, best, context, log, say)
     return {
         "options": chosen, "gain": gain, "tried": tried, "seconds": round(time.monotonic() - begun, 1),
         "points": [str(point) for point in POINTS],
@@ -152,6 +154,7 @@ def in_turns(
     target: Target, rows: list[Row], configurations: list[dict[str, Any]], rounds: int, seed: int, context: int, log: Path
 ) -> list[dict[str, Any]]:  # fmt: skip
     """For each configuration, log ratios of its times to the first one's, round by round: time, prefill (TTFT), decode (TPOT)."""
+    refuse_without_room(target, len(configurations))
     with ExitStack() as stack:
         asks = [stack.enter_context(started(target, options, context, log)) for options in configurations]
         plan = speed.warm_up(asks[0], rows, POINTS)

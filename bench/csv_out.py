@@ -39,6 +39,13 @@ COLUMNS: dict[str, tuple[str | int, ...]] = {
             "n": ("n",),
         }.items()
     },
+    "kept_gain": ("retention", "value"),
+    "kept_gain_ci95_low": ("retention", "ci95", 0),
+    "kept_gain_ci95_high": ("retention", "ci95", 1),
+    "bandwidth_share": ("roofline", "bandwidth_share"),
+    "gemm_share": ("roofline", "gemm_share"),
+    "joules_per_output_token": ("energy", "joules_per_output_token"),
+    "energy_method": ("energy", "method"),
     "peak_rss_bytes": ("memory", "peak_rss_bytes"),
     "peak_anon_bytes": ("memory", "peak_anon_bytes"),
     "peak_file_bytes": ("memory", "peak_file_bytes"),

@@ -20,9 +20,9 @@ from edgeft.bench.stats import bootstrap
 from edgeft.errors import UsageError
 
 RAPL = Path("/sys/class/powercap")
+WALL = "wall meter"
 NVML_EVERY_MS = 100
 MAX_GAP_S = 5.0  # between two samples of a wall meter that still belong together
-NOT_MEASURED = "not measured"
 
 
 def rapl_zones(root: Path = RAPL) -> list[Path]:
@@ -46,15 +46,13 @@ class Meter:
         self.zones = [] if wall else rapl_zones(rapl_root)
         self.gpu = None if wall else shutil.which("nvidia-smi")
         methods = (
-            ["wall meter"]
-            if wall
-            else [*(["RAPL package"] if self.zones else []), *(["NVML"] if self.gpu else [])]
+            [WALL] if wall else [*(["RAPL package"] if self.zones else []), *(["NVML"] if self.gpu else [])]
         )
         self.method = " + ".join(methods) or None
 
     def start(self) -> dict[str, Any]:
         """Begin a span."""
-        span: dict[str, Any] = {"clock_s": time.time(), "uj": [_microjoules(z) for z in self.zones]}
+        span: dict[str, Any] = {"monotonic_s": time.monotonic(), "uj": [_microjoules(z) for z in self.zones]}
         if self.gpu:
             span["gpu"] = subprocess.Popen(
                 [self.gpu, "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"-lms={NVML_EVERY_MS}"],
@@ -64,7 +62,7 @@ class Meter:
 
     def stop(self, span: dict[str, Any]) -> float | None:
         """Joules since the span began; None where nothing says."""
-        seconds = time.time() - span["clock_s"]
+        seconds = time.monotonic() - span["monotonic_s"]
         joules = None
         for zone, begun in zip(self.zones, span["uj"], strict=True):
             spent = _microjoules(zone) - begun
@@ -149,7 +147,7 @@ def result(blocks: list[dict[str, Any]], meter: Meter) -> dict[str, Any] | None:
         )
         if joules is not None:
             tokens = sum(r["output_tokens"] or 0 for r in block["requests"])
-            spans.append((joules, block["ended_s"] - block["begun_s"], tokens))
+            spans.append((joules, block["wall_s"], tokens))
     if not spans or meter.method is None:
         return None
     joules, seconds, tokens = (np.asarray(column, dtype=float) for column in zip(*spans, strict=True))

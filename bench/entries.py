@@ -14,7 +14,16 @@ from edgeft.bench.targets import Target
 from edgeft.bench.verdict import verdicts
 from edgeft.bench.workload import Workload
 
-ERRORS = ("error", "load-error", "fidelity-error", "choices-error", "context-error")  # kinds of fact
+# Kinds of fact that say what broke.
+ERRORS = (
+    "error",
+    "tuning-error",
+    "load-error",
+    "memory-error",
+    "fidelity-error",
+    "choices-error",
+    "context-error",
+)
 
 
 def entry_of(
@@ -44,7 +53,7 @@ def entry_of(
         result["engine_build"] = start["engine_build"]
         result["load"] = {
             **{k: first[k] for k in ("cold_start_s", "load_s", "load_mode")},
-            "page_cache": "the kernel was asked to drop the model's files first",
+            "page_cache": journal.last(target.id, "page cache"),
         }
     if peak := (journal.last(target.id, "answered") or {}).get("memory"):
         result["memory"] = {f"peak_{k}": v for k, v in peak.items()}

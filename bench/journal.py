@@ -6,12 +6,11 @@ journal begins anew.
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import EnvironmentFault
+from edgeft.files import disk_errors, write_text
 
 
 class Journal:
@@ -31,22 +30,13 @@ class Journal:
                 continue  # what broke is tried again
             self.facts.setdefault((line["target"], line["kind"]), []).append(line["value"])
         if len(known) < len(lines):  # the line that was being written when it ended
-            file.write_text(
-                "".join(json.dumps(k, ensure_ascii=False) + "\n" for k in known), encoding="utf-8"
-            )
+            write_text(file, "".join(json.dumps(k, ensure_ascii=False) + "\n" for k in known))
 
     def add(self, target: str, kind: str, value: Any) -> None:
         """Keep a fact. Raises EnvironmentFault where the disk is full; what was kept before stays."""
         line = json.dumps({"target": target, "kind": kind, "value": value}, ensure_ascii=False) + "\n"
-        try:
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(line)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise EnvironmentFault(
-                f"the disk is full: {self.file} takes no more.", f"df -h {self.file.parent}"
-            ) from None
+        with disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
+            out.write(line)
         self.facts.setdefault((target, kind), []).append(value)
 
     def all(self, target: str, kind: str) -> list[Any]:

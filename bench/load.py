@@ -51,6 +51,8 @@ def sweep(
         say(f"{level} at once")
         closed.append({"clients": level, **judged(closed_loop(ask, rows, level, seconds), limits)})
     best = max(closed, key=lambda c: c["requests_per_s"])
+    if not best["requests_per_s"]:
+        raise EnvironmentFault("no request under load was answered.", "less report/.work/*.log")
     arrivals = []
     for share in OPEN_SHARES:
         rate = share * best["requests_per_s"]

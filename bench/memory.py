@@ -84,9 +84,9 @@ def made(version: str, parent: Path, limit_bytes: int | None = None) -> Iterator
         if not (group / "cgroup.procs").exists():
             raise OSError(f"{group} is no control group")
         if limit_bytes is not None:
-            names = ("memory.limit_in_bytes",) if version == V1 else ("memory.max",)
-            for name in names:
-                (group / name).write_text(str(limit_bytes))
+            (group / ("memory.limit_in_bytes" if version == V1 else "memory.max")).write_text(
+                str(limit_bytes)
+            )
             swap = group / ("memory.memsw.limit_in_bytes" if version == V1 else "memory.swap.max")
             if swap.exists():
                 swap.write_text(str(limit_bytes) if version == V1 else "0")
@@ -154,7 +154,7 @@ def smallest_limit(
         **least,
         "method": f"{version}, swap left out",
         "keep": KEEP,
-        "decode_tok_per_s": whole,
+        "requests_per_s": whole,
         "tried": tried,
     }
 

@@ -21,6 +21,12 @@ from edgeft.engines import run_profile
 from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row
 
+# What a first start found of the model's files, by whether the kernel could be asked.
+CACHE = {
+    True: "the kernel was asked to drop the model's files first",
+    False: "as it was: the kernel can't be asked here",
+}
+
 
 def tune_all(targets: list[Target], rows: list[Row], workload: Workload, journal: Journal) -> None:
     """Search each artefact's options and keep them beside it as its run profile."""
@@ -28,8 +34,12 @@ def tune_all(targets: list[Target], rows: list[Row], workload: Workload, journal
         if target.kind != "artifact" or target.path is None or journal.last(target.id, "tuned"):
             continue
         log = journal.file.parent / f"{target.id.replace('/', '+')}.autotune.log"
-        with console.step(f"tuning {target.id}") as say:
-            found = autotune.tune(target, targets, rows, workload, log, say)
+        try:
+            with console.step(f"tuning {target.id}") as say:
+                found = autotune.tune(target, targets, rows, workload, log, say)
+        except EnvironmentFault as error:
+            journal.add(target.id, "tuning-error", error.message)
+            continue
         run_profile.keep(target.path, found)
         journal.add(target.id, "tuned", found)
 
@@ -43,7 +53,7 @@ def measure(
     local = [t for t in targets if t.path is not None]
     for target in local:
         if not journal.last(target.id, "start") and target.path:
-            drop_from_cache(target.path)
+            journal.add(target.id, "page cache", CACHE[drop_from_cache(target.path)])
     with Pool(workload.threads, workload.context, lambda t: logs[t.id]) as pool:
         if workload.speed and local:
             with console.step(f"speed of {len(local)} models, in turns") as say:
@@ -113,12 +123,15 @@ def memory_of(target: Target, rows: list[Row], workload: Workload, journal: Jour
     peak = (journal.last(target.id, "answered") or {}).get("memory")
     if journal.last(target.id, "memory") or journal.last(target.id, "error") or not peak:
         return
-    with console.step(f"memory of {target.id}") as say:
-        kept = memory.kept_tokens(target, workload.threads, log)
-        least = memory.smallest_limit(
-            target, rows, peak["rss_bytes"], workload.threads, workload.context, log, say
-        )
-    journal.add(target.id, "memory", {"kv_per_1k_tokens": kept, "smallest_limit": least})
+    try:
+        with console.step(f"memory of {target.id}") as say:
+            kept = memory.kept_tokens(target, workload.threads, log)
+            least = memory.smallest_limit(
+                target, rows, peak["rss_bytes"], workload.threads, workload.context, log, say
+            )
+        journal.add(target.id, "memory", {"kv_per_1k_tokens": kept, "smallest_limit": least})
+    except EnvironmentFault as error:
+        journal.add(target.id, "memory-error", error.message)
 
 
 def under_load(
@@ -149,11 +162,13 @@ def compare_logits(
 ) -> None:
     """KLD and its like of every artefact that has none yet."""
     with tempfile.TemporaryDirectory(prefix="edgeft-") as scratch:
-        yardstick = (
-            PackYardstick(workload.pack, threads)
-            if workload.pack
-            else Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
-        )
+        yardstick: PackYardstick | Yardstick
+        if workload.pack:
+            yardstick = PackYardstick(workload.pack, threads)
+        elif reference:
+            yardstick = Yardstick(reference, workload, threads, Path(scratch), state / "reference.log")
+        else:
+            return
         for target in targets:
             if target.path is None or journal.all(target.id, "fidelity") or target == reference:
                 continue

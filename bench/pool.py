@@ -74,11 +74,7 @@ class Pool:
         while free_bytes() < needed and self.running:
             oldest = min(self.running, key=lambda name: self.running[name].last_used)
             self._close(oldest)
-        if (free := free_bytes()) < needed:
-            raise EnvironmentFault(
-                f"{target.id} needs about {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free.",
-                "free some, or measure it on a larger box; --profile of a larger one predicts",
-            )
+        refuse_without_room(target)
 
     def end(self, target: Target) -> None:
         """End the target where it runs."""
@@ -94,6 +90,16 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         for name in list(self.running):
             self._close(name)
+
+
+def refuse_without_room(target: Target, copies: int = 1) -> None:
+    """Raise EnvironmentFault where so many processes of the target have no room now."""
+    needed, free = copies * need_bytes(target), free_bytes()
+    if free < needed:
+        raise EnvironmentFault(
+            f"{target.id} needs about {needed / GB:.1f} GB of memory, and {free / GB:.1f} GB are free.",
+            "free some, or take a smaller artefact: edgeft compress … --fit SIZE",
+        )
 
 
 def need_bytes(target: Target) -> int:

@@ -8,18 +8,14 @@ from typing import Any
 
 from edgeft import child
 from edgeft.bench import fidelity
-from edgeft.bench.targets import Target, find
+from edgeft.bench.targets import BASE, REFERENCE, Target, find
 from edgeft.bench.workload import Workload
-
-REFERENCE, BASE = "merged", "(base)"
 
 
 class Yardstick:
     """The reference's log-probabilities, computed when the first artefact asks for them."""
 
-    def __init__(
-        self, reference: Target | None, workload: Workload, threads: int, scratch: Path, log: Path
-    ) -> None:
+    def __init__(self, reference: Target, workload: Workload, threads: int, scratch: Path, log: Path) -> None:
         self.reference, self.workload, self.threads, self.scratch, self.log = (
             reference,
             workload,
@@ -29,10 +25,8 @@ class Yardstick:
         )
         self.plan: dict[str, Any] | None = None
 
-    def compare(self, target: Target, log: Path) -> dict[str, Any] | None:
-        """The target's fidelity figures, or None where there is no reference or the target is it."""
-        if self.reference is None or target is self.reference:
-            return None
+    def compare(self, target: Target, log: Path) -> dict[str, Any]:
+        """The target's fidelity figures."""
         if self.plan is None:
             self.plan = child.call(
                 "edgeft.bench.fidelity:prepare",

@@ -112,7 +112,7 @@ def notes(report: BenchReport) -> list[str]:
         "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; "
         "decode tok/s = (n-1)/(e2e - TTFT), median ± half its bootstrap interval; one stream, models in turns.",
         "peak MB: resident memory over the process tree, sampled every 50 ms; the pages of a memory-mapped file count when touched.",
-        "start s: from spawning the process to ready, imports included; the kernel was asked to drop the model's files first.",
+        *_starts(report),
     ]  # fmt: skip
     lines += _speed_notes(report) + _limit_notes(report)
     if found:
@@ -122,13 +122,21 @@ def notes(report: BenchReport) -> list[str]:
             f"{', '.join(logit_builds)}. gguf-f16, where it is there, is the engine's own floor."
         )
     lines += [f"{r['id']}: {said}" for r in report.results if (said := pack.note(r.get("fidelity")))]
-    others = [r["id"] for r in report.results if (r["fidelity"] or {}).get("of_another_model")]
+    others = [r["id"] for r in report.results if (r.get("fidelity") or {}).get("of_another_model")]
     if others:
         lines.append(
             f"{', '.join(others)}: made of another merged model than the reference, so its KLD is not of quantizing alone."
         )
     lines += [line for r in report.results for line in choices.notes(r) + context.notes(r)]
     return lines
+
+
+def _starts(report: BenchReport) -> list[str]:
+    """What a start holds, and what lay in the page cache before it."""
+    caches = sorted({c for r in report.results if (c := (r.get("load") or {}).get("page_cache"))})
+    return [
+        f"start s: from spawning the process to ready, imports included; page cache: {'; '.join(caches) or 'not known'}."
+    ]
 
 
 def _kept(report: BenchReport) -> list[str]:
@@ -149,9 +157,7 @@ def _interval(ci95: list[float] | None) -> str:
 def _speed_notes(report: BenchReport) -> list[str]:
     """Shapes, intervals that stayed wide, disturbances, share of the roofline, energy, what broke."""
     lines = []
-    timed = [
-        r for r in report.results if (r.get("speed") or {}).get("points")
-    ]  # reports of older runs have none
+    timed = [r for r in report.results if (r.get("speed") or {}).get("points")]  # older reports have none
     if timed:
         shapes = ", ".join(
             f"{p['asked']['prompt_tokens']} in / {p['asked']['output_tokens']} out"

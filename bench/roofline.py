@@ -52,6 +52,8 @@ def _of_gguf(folder: Path) -> Shape:
     readers = [GGUFReader(str(part)) for part in parts]
     known = {name: field.contents() for name, field in readers[0].fields.items() if "tokenizer" not in name}
     tensors = [tensor for reader in readers for tensor in reader.tensors]
+    if any("_exps" in tensor.name for tensor in tensors):
+        raise ValueError("which experts a token reads is not in the file")
     arch = known["general.architecture"]
     tied = not any(t.name == "output.weight" for t in tensors)
     read = sum(int(t.n_bytes) for t in tensors if tied or t.name != "token_embd.weight")
@@ -82,6 +84,8 @@ def _of_config(target: Target) -> Shape:
             "bytes of the ONNX files, an embedding of its own included; keys and values in float32",
         )  # fmt: skip
     config = json.loads((target.path / "config.json").read_text())
+    if any("expert" in key for key in config):
+        raise ValueError("which experts a token reads is not in the configuration")
     hidden, heads, layers = (
         int(config["hidden_size"]),
         int(config["num_attention_heads"]),

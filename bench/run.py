@@ -16,10 +16,10 @@ from edgeft.bench.index import after_run
 from edgeft.bench.journal import Journal
 from edgeft.bench.paired import pairs
 from edgeft.bench.phases import compare_logits, measure, tune_all
-from edgeft.bench.reference import BASE, REFERENCE, base_of, reference_of
+from edgeft.bench.reference import base_of, reference_of
 from edgeft.bench.report import write_report
 from edgeft.bench.score import check
-from edgeft.bench.targets import find
+from edgeft.bench.targets import BASE, REFERENCE, find
 from edgeft.bench.workload import Workload
 from edgeft.engines.local import default_threads
 from edgeft.files import sha256_file, sha256_json

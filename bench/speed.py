@@ -118,18 +118,19 @@ def done(
 def warm_up(ask: Caller, rows: list[Row], points: tuple[Point, ...]) -> dict[str, Any]:
     """One untimed request of each shape: how many characters make the tokens asked for, and how many can be waited for."""
     plan: dict[str, Any] = {"first_request_s": None, "chars": [], "output_tokens": []}
+    wrapped = 0
     for point in points:
         chars = round(point.prompt_tokens * CHARS_A_TOKEN)
         reply = ask(body_of(rows, 0, chars, min(point.output_tokens, MIN_TOKENS)))
         if plan["first_request_s"] is None:
             plan["first_request_s"] = reply.e2e_s
-        wrapped = ask(body_of(rows, 0, 1, 2)).prompt_tokens or 0  # what the chat template adds
+            wrapped = ask(body_of(rows, 0, 1, 2)).prompt_tokens or 0  # what the chat template adds
         if reply.prompt_tokens and reply.prompt_tokens > wrapped:
             chars = round(chars * max(4, point.prompt_tokens - wrapped) / (reply.prompt_tokens - wrapped))
         rate = reply.decode_tok_per_s
         room = int(rate * SLOW_S) if rate else point.output_tokens
         plan["chars"].append(chars)
-        plan["output_tokens"].append(max(MIN_TOKENS, min(point.output_tokens, room), 2))
+        plan["output_tokens"].append(min(point.output_tokens, max(MIN_TOKENS, room)))
     return plan
 
 
@@ -146,9 +147,9 @@ def block(
     watch = Watch(running.local.pid if running.local else None)
     span, begun, started = meter.start(), time.time(), time.monotonic()
     requests = []
-    for index, point in enumerate(points):
+    for index in range(len(points)):
         reply = running.ask(
-            body_of(rows, number * len(points) + index + 1, plan["chars"][index], min(point.output_tokens, plan["output_tokens"][index]))
+            body_of(rows, number * len(points) + index + 1, plan["chars"][index], plan["output_tokens"][index])
         )  # fmt: skip
         requests.append(raw(reply))
     wall, joules, ended = time.monotonic() - started, meter.stop(span), time.time()
@@ -262,6 +263,8 @@ def result(
         "widest_interval": widest if widest != float("inf") else None,
         "why": f"all medians within {100 * WITHIN:.0f} %"
         if is_settled
+        else f"{MAX_ROUNDS} rounds were over"
+        if len(blocks) >= MAX_ROUNDS
         else f"{seconds:.0f} s a model were up",
         "shortened_to_tokens": min(shortened) if shortened else None,
         "side": "client",

@@ -11,6 +11,7 @@ from edgeft.bench import speed
 from edgeft.bench.pool import Running
 from edgeft.bench.speed import Point
 from edgeft.bench.watch import Watch
+from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row
 
 POINT = Point(128, 64)
@@ -28,6 +29,8 @@ def run(running: Running, rows: list[Row], seconds: float, say: Callable[[str], 
         asked.append((round(time.monotonic() - begun, 3), reply.decode_tok_per_s))
         say(f"{asked[-1][0]:.0f} of {seconds:.0f} s")
     rated = [(at, rate) for at, rate in asked if rate]
+    if not rated:
+        raise EnvironmentFault("no answer had two pieces of text, so there is no rate.", "--sustained 0")
     spent = asked[-1][0]
     first = [rate for at, rate in rated if at <= spent / PARTS] or [rated[0][1]]
     last = [rate for at, rate in rated if at > spent * (PARTS - 1) / PARTS] or [rated[-1][1]]

@@ -11,6 +11,7 @@ from edgeft.files import sha256_file, sha256_json, tree_bytes
 from edgeft.types import Artifact
 
 MANIFEST = "artifact.json"
+REFERENCE, BASE = "merged", "(base)"  # what others are compared with, and the model before tuning
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from edgeft.bench.energy import WALL
+from edgeft.bench.targets import BASE
 from edgeft.errors import GateError, Inconclusive
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
@@ -38,7 +40,16 @@ def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str,
             low, high = interval or (value, value)
             verdict = judge(low, high, bound, below)
             entry |= {"verdict": verdict, "why": None, "n_needed": n_needed(value, low, high, bound, n)}
-            if verdict != INCONCLUSIVE:
+            method = (result.get("energy") or {}).get("method") if limit == "watts" else WALL
+            if (
+                verdict == PASS and method != WALL
+            ):  # a part of the box says no more than that the whole takes more
+                entry |= {
+                    "verdict": INCONCLUSIVE,
+                    "why": f"{method} leaves out the rest of the box",
+                    "n_needed": None,
+                }
+            elif verdict != INCONCLUSIVE:
                 entry["n_needed"] = None
             elif entry["n_needed"] is None:
                 entry["why"] = "the figure lies on the limit"
@@ -79,9 +90,9 @@ def figure(result: dict[str, Any], limit: str) -> tuple[float | None, tuple[floa
 def gated(report: Any) -> None:
     """Raise GateError where an artefact fails a limit, Inconclusive where one is not decided or no limit was set.
 
-    The reference is judged only where nothing else was measured: it is there to be compared with.
+    The reference and the base are judged only where nothing else was measured: they are there to be compared with.
     """
-    others = [r for r in report.results if r["id"] != report.reference] or report.results
+    others = [r for r in report.results if r["id"] not in (report.reference, BASE)] or report.results
     found = [(r["id"], v) for r in others for v in r.get("verdict") or []]
     broken = [r for r in others if r.get("error")]
     failed = [
@@ -92,7 +103,8 @@ def gated(report: Any) -> None:
     if failed or broken:
         words = failed + [f"{r['id']} broke off: {r['error']}" for r in broken]
         raise GateError(
-            f"{len(words)} limit(s) do not hold; {words[0]}", "edgeft bench … --profile of a larger box"
+            f"{len(words)} limit(s) do not hold; {words[0]}",
+            "a smaller artefact: edgeft compress … --fit SIZE, or a larger box",
         )
     if not found:
         raise Inconclusive(

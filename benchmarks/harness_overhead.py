@@ -4,8 +4,9 @@
 
 Two processes of the same artefact are asked in turns for 64 tokens after the same prompt. One is watched as `edgeft bench` does it (memory
 of the process tree every 50 ms, the box looked at before and after, every piece of text timed, logged to the journal); the other is asked
-by a plain HTTP request that waits for the whole answer. Compared is the engine's own time of decoding (llama.cpp's `timings`), so that
-what a stream adds inside the engine counts as well. Memory: of this process while it measures, imports included, beside a bare
+by a plain HTTP request that waits for the whole answer. The watched side counts by the client's clock, as a report does; the bare side
+by the engine's own (llama.cpp's `timings`), so what the stream and the client add counts as well.
+Memory: of this process while it measures, imports included, beside a bare
 interpreter with httpx and numpy. At most 1 % and 60 MB are asked.
 """
 

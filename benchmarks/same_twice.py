@@ -11,7 +11,6 @@ on). Then: (1) of 100 pairs drawn from the runs, their raw samples resampled, ho
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -48,11 +47,7 @@ def main() -> None:
             f"{number + 1}/{options.runs}: {found[-1]['decode_tok_per_s']['p50']:.1f} tok/s", file=sys.stderr
         )
     decode = [s["decode_tok_per_s"] for s in found]
-    pairs = (
-        list(itertools.batched(decode, 2))
-        if hasattr(itertools, "batched")
-        else list(zip(decode[::2], decode[1::2], strict=False))
-    )
+    pairs = list(zip(decode[::2], decode[1::2], strict=False))
     overlap = sum(
         a["p50_ci95"][0] <= b["p50_ci95"][1] and b["p50_ci95"][0] <= a["p50_ci95"][1] for a, b in pairs
     )

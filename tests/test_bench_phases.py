@@ -208,6 +208,18 @@ def test_the_interval_decides_and_says_how_many_samples_would():
     assert found["decode_tok_per_s"]["n_needed"] == 40 and found["watts"]["why"] == "not measured"
 
 
+def test_a_part_of_the_box_within_the_watts_is_no_pass():
+    """A limit is at the wall: a package's counter can break it, and not show that it holds."""
+    for method, low, says in (
+        ("RAPL package", 5.0, "INCONCLUSIVE"),
+        ("RAPL package", 20.0, "FAIL"),
+        ("wall meter", 5.0, "PASS"),
+    ):
+        energy_found = {"method": method, "mean_w": low + 1, "mean_w_ci95": [low, low + 2], "n": 9}
+        (found,) = verdict.verdicts({"energy": energy_found}, {"watts": 10})
+        assert found["verdict"] == says, (method, found)
+
+
 def test_a_gate_ends_with_its_exit_code():
     def report(words):
         results = [{"id": "q", "error": None, "verdict": [
@@ -257,7 +269,7 @@ def test_a_wall_meters_watts_are_integrated_and_a_gap_is_not_bridged(tmp_path):
     assert energy.joules_between(times[keep], watts[keep], 1, 10) is None, (
         "nobody knows what happened in the gap"
     )
-    blocks = [{"begun_s": 1.0, "ended_s": 3.0, "requests": [{"output_tokens": 10}]}]
+    blocks = [{"begun_s": 1.0, "ended_s": 3.0, "wall_s": 2.0, "requests": [{"output_tokens": 10}]}]
     found = energy.result(blocks, energy.Meter(file))
     assert found["method"] == "wall meter" and found["joules_per_output_token"] == pytest.approx(2.0)
     assert found["mean_w"] == pytest.approx(10)

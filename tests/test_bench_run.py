@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from edgeft.bench import Workload, autotune, bench, memory, roofline
+from edgeft.bench.callers import caller
 from edgeft.bench.pool import need_bytes
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target, find
 from edgeft.engines import run_profile
+from edgeft.errors import EnvironmentFault
 from tests.conftest import DESK
 
 for package, extra in {"llama_cpp": "compress", "xllamacpp": "gguf", "onnxruntime_genai": "onnx"}.items():
@@ -266,8 +269,6 @@ def test_a_search_ends_in_time_and_says_what_it_did_not_try(tiny_dist, tasks, tm
 
 
 def test_both_gguf_engines_answer_alike(tiny_dist, tmp_path):
-    from edgeft.bench.callers import caller
-
     texts = {}
     for engine in ("gguf", "llama_cpp"):
         target = Target(engine, "folder", engine, tiny_dist / "dist" / "gguf-f16", None, None)
@@ -289,18 +290,64 @@ def test_a_group_that_is_none_is_not_taken_for_one(tmp_path):
     assert memory.groups(tmp_path) is None and not list((tmp_path / "memory").iterdir())
 
 
-def test_a_memory_limit_keeps_what_is_over_it_out(tiny_dist, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "WITHIN", 0.6)
-    if memory.groups() is None:
+def test_a_memory_limit_holds_and_a_generous_one_does_not(tiny_dist, tmp_path, monkeypatch):
+    if (where := memory.groups()) is None:
         pytest.skip("no control group can be made here")
-    rows = [json.loads(line) for line in (DESK / "select.jsonl").read_text().splitlines()[:8]]
     (target,) = find([tiny_dist / "dist" / "gguf-q4_k_m"], [])
-    found = memory.smallest_limit(target, rows, 150_000_000, 1, 512, tmp_path / "log", lambda text: None)
-    tried = {t["bytes"]: t["share_of_speed"] for t in found["tried"]}
-    assert min(tried.values()) == 0.0 or min(tried) > 20e6, (
-        "a limit far below the interpreter's own needs can't hold"
+    body = {
+        "messages": [{"role": "user", "content": "?"}],
+        "max_tokens": 4,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+    def answered(limit_bytes):
+        with (
+            memory.made(*where, limit_bytes) as group,
+            caller(target, tmp_path / "log", 1, 512, {"group": str(group)}) as (ask, _),
+        ):
+            return ask(body).output_tokens
+
+    with pytest.raises(EnvironmentFault):
+        answered(20_000_000)  # the interpreter alone needs more
+    assert answered(2_000_000_000) == 4
+    assert not list(where[1].glob("edgeft-*")), "the groups are gone"
+
+
+def test_the_smallest_limit_is_halved_in_on(monkeypatch, tmp_path):
+    """A stand-in that is slow below 100 MB and dead below 40."""
+    limits = []
+
+    @contextmanager
+    def made(version, parent, limit_bytes=None):
+        limits.append(limit_bytes)
+        yield tmp_path
+
+    @contextmanager
+    def asked(target, log, threads, context, options):
+        if limits[-1] is not None and limits[-1] < 40e6:
+            raise EnvironmentFault("killed", "")
+        yield limits[-1], None
+
+    monkeypatch.setattr(memory, "groups", lambda: (memory.V2, tmp_path))
+    monkeypatch.setattr(memory, "made", made)
+    monkeypatch.setattr(memory, "caller", asked)
+    monkeypatch.setattr(memory, "_rate", lambda limit, rows: 1.0 if limit is None or limit >= 100e6 else 0.5)
+    found = memory.smallest_limit(
+        Target("m", "artifact", "gguf", None, None, 1),
+        [],
+        200_000_000,
+        1,
+        512,
+        tmp_path / "log",
+        lambda t: None,
     )
-    assert "unavailable" in found or found["share_of_speed"] >= memory.KEEP
+    assert (
+        100e6 <= found["bytes"] <= 104e6
+        and found["share_of_speed"] == 1.0
+        and found["method"].startswith(memory.V2)
+    )
+    assert all(t["share_of_speed"] == (1.0 if t["bytes"] >= 100e6 else 0.5) for t in found["tried"])
 
 
 def test_the_roofline_of_a_file_is_its_tensors_and_its_cache(tiny_dist):
