@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
-demo: install ## From adapter to bill on a real model; 13 minutes after installing, on two cores.
+demo: install ## From adapter to bill on a real model; 16 minutes after installing, on two cores.
 	$(BIN)/python examples/demo.py
 
 test: install ## All tests, two files at a time.

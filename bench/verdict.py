@@ -117,5 +117,7 @@ def gated(report: Any) -> None:
         )
         raise Inconclusive(
             f"{len(open_)} limit(s) are not decided; {name}: {v['limit']}, {why}",
-            "--repetitions and --speed-seconds give more samples",
+            "--power-csv for watts; a profile of your own may leave the limit out"
+            if v["value"] is None
+            else "--repetitions and --speed-seconds give more samples",
         )
