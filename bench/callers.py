@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from edgeft.bench.targets import Target
-from edgeft.engines.client import Reply, chat, gather
+from edgeft.engines.client import Loopback, Reply, chat, gather
 from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault, UsageError, missing_extra
 
@@ -24,27 +24,30 @@ def caller(
     target: Target, log: Path, threads: int | None, context: int, options: dict[str, Any] | None = None
 ) -> Iterator[tuple[Caller, LocalModel | None]]:
     """Start what the target needs and yield (ask, the local model if it is one); `options` are the engine's own."""
-    with httpx.Client(limits=httpx.Limits(max_connections=None)) as client:
-        if target.engine == "litellm":
-            yield _litellm(target.facts["model"]), None
-        elif target.engine == "openai":
-            key = os.environ.get("OPENAI_API_KEY")
-            url, model = target.facts["url"], target.facts["model"]
+    if target.engine == "litellm":
+        yield _litellm(target.facts["model"]), None
+    elif target.engine == "openai":
+        key = os.environ.get("OPENAI_API_KEY")
+        url, model = target.facts["url"], target.facts["model"]
+        with httpx.Client(limits=httpx.Limits(max_connections=None)) as client:
             yield lambda body: chat(client, url, {**body, "model": model}, key), None
-        else:
-            assert target.path is not None
-            with LocalModel(
+    else:
+        assert target.path is not None
+        with (
+            LocalModel(
                 target.path, target.engine, log=log, threads=threads, context=context, sample_memory=True,
                 options=options,
-            ) as local:  # fmt: skip
+            ) as local,
+            closing(Loopback(local.port, local.key)) as loopback,
+        ):  # fmt: skip
 
-                def ask(body: dict[str, Any]) -> Reply:
-                    try:
-                        return chat(client, local.url, {**body, "model": local.options["name"]}, local.key)
-                    except EnvironmentFault as error:
-                        raise EnvironmentFault(f"{target.id}: {error.message}", f"less {log}") from error
+            def ask(body: dict[str, Any]) -> Reply:
+                try:
+                    return loopback.chat({**body, "model": local.options["name"]})
+                except EnvironmentFault as error:
+                    raise EnvironmentFault(f"{target.id}: {error.message}", f"less {log}") from error
 
-                yield ask, local
+            yield ask, local
 
 
 def _litellm(model: str) -> Caller:
@@ -63,7 +66,7 @@ def _litellm(model: str) -> Caller:
             stream = litellm.completion(
                 model=model, stream=True, stream_options={"include_usage": True}, **allowed
             )
-            return gather((chunk.model_dump() for chunk in stream), started)
+            return gather((time.perf_counter() - started, chunk.model_dump()) for chunk in stream)
         except litellm.exceptions.AuthenticationError as error:
             raise UsageError(
                 f"{model}: no valid API key.", "set the provider's key, as OPENAI_API_KEY"

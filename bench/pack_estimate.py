@@ -35,7 +35,6 @@ import numpy as np
 
 from edgeft.bench.fidelity import figures_of, log_softmax
 from edgeft.bench.stats import bootstrap_ratio_of_sums
-from edgeft.bench.verdict import FAIL, INCONCLUSIVE, PASS
 
 ESTIMATE = "estimate from a pack of top-k and sampled tail"
 BOUND = "lower bound from a pack of top-k"
@@ -149,18 +148,3 @@ def part(found: dict[str, Any], keep: Any) -> dict[str, Any]:
         "kld_lower_bound": sum(bounds) / sum(counts),
         "kld_lower_bound_ci95": bootstrap_ratio_of_sums(bounds, counts),
     }
-
-
-def pack_verdict(fidelity: dict[str, Any], limit_nats: float) -> str:
-    """Does the mean KLD hold to a limit? Over all positions, or the answer's where those alone were measured.
-
-    FAIL where the lower bound's whole interval over rows lies above the limit, or the estimate's does. PASS where the
-    estimate's whole interval lies below: say `fidelity["basis"]` beside it. A lower bound alone never gives a PASS.
-    """
-    figures = fidelity["all"] or fidelity["answer"]
-    low, high = figures["kld_ci95"]
-    if max(low, figures["kld_lower_bound_ci95"][0]) > limit_nats:
-        return FAIL
-    if fidelity["basis"].startswith(ESTIMATE) and high < limit_nats:
-        return PASS
-    return INCONCLUSIVE

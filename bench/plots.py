@@ -46,6 +46,7 @@ def plots(report: BenchReport) -> list[Plot]:
             memory(report),
             paired_differences(report),
             load(report),
+            context(report),
             energy(report),
         ]
 
@@ -352,6 +353,33 @@ def _load_panel(axes: Any, r: dict[str, Any]) -> None:
             ha="right" if knee > clients[0] else "left",
         )  # fmt: skip
     axes.set_title(fitted(label(r), 26), loc="left", fontsize=8)
+
+
+def context(report: BenchReport) -> Plot:
+    """Right answers of the synthetic task, and the time to the first token, over the prompt's length."""
+    rows = [(r, found) for r in report.results if (found := r.get("context"))]
+    if not rows:
+        return Plot("Effective context", None, "Effective context: not measured.")
+    made = figure(4.4)
+    above, below = made.subplots(2, 1, sharex=True)
+    for i, (r, found) in enumerate(rows):
+        ink, look = (
+            colour(r),
+            {"marker": "osD^v"[i % 5], "ls": ("-", "--", ":", "-.")[i % 4], "ms": 4, "lw": 1.4},
+        )
+        lengths = [c["tokens"] for c in found["lengths"]]
+        share = [100 * c["right"] / c["n"] for c in found["lengths"]]
+        ends = [[100 * end for end in c["ci95"]] for c in found["lengths"]]
+        above.vlines(lengths, *zip(*ends, strict=True), color=ink, alpha=0.4, lw=1.6)
+        above.plot(lengths, share, color=ink, label=fitted(label(r), NAME_CHARS), **look)
+        below.plot(lengths, [1e3 * c["ttft_s"]["p50"] for c in found["lengths"]], color=ink, **look)
+        if found["effective_tokens"]:
+            above.axvline(found["effective_tokens"], color=ink, lw=1, ls=":", alpha=0.7)
+    above.set(ylabel="right (%)", ylim=(-3, 103))
+    below.set(xlabel="prompt (tokens)", ylabel="TTFT, median (ms)", ylim=(0, None), xlim=(0, None))
+    above.legend(fontsize=7, loc="best", framealpha=0.8)
+    text = f"Synthetic task. Bars: 95 % intervals (Wilson). Dotted: the effective context ({rows[0][1]['formula']})."
+    return Plot("Effective context", svg(made), text + left_out(report, [r for r, _ in rows]))
 
 
 def energy(report: BenchReport) -> Plot:

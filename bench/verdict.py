@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from edgeft.bench.energy import WALL
+from edgeft.bench.pack_estimate import ESTIMATE
 from edgeft.bench.targets import BASE
 from edgeft.errors import GateError, Inconclusive
 
@@ -17,6 +18,7 @@ JUDGED = {
     "tpot_s": ("median TPOT, s", True),
     "decode_tok_per_s": ("median decode rate, tok/s", False),
     "watts": ("mean power, W", True),
+    "kld_nats": ("mean KLD to the reference, nats", True),
 }
 
 
@@ -40,21 +42,30 @@ def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str,
             low, high = interval or (value, value)
             verdict = judge(low, high, bound, below)
             entry |= {"verdict": verdict, "why": None, "n_needed": n_needed(value, low, high, bound, n)}
-            method = (result.get("energy") or {}).get("method") if limit == "watts" else WALL
-            if (
-                verdict == PASS and method != WALL
-            ):  # a part of the box says no more than that the whole takes more
-                entry |= {
-                    "verdict": INCONCLUSIVE,
-                    "why": f"{method} leaves out the rest of the box",
-                    "n_needed": None,
-                }
+            if verdict == PASS and (why := only_a_part(result, limit)):
+                entry |= {"verdict": INCONCLUSIVE, "why": why, "n_needed": None}
             elif verdict != INCONCLUSIVE:
                 entry["n_needed"] = None
             elif entry["n_needed"] is None:
                 entry["why"] = "the figure lies on the limit"
         found.append(entry)
     return found
+
+
+def only_a_part(result: dict[str, Any], limit: str) -> str | None:
+    """Why the figure of a limit can show that it is broken but not that it is kept; None where it can show both."""
+    if limit == "watts" and (method := (result.get("energy") or {}).get("method")) != WALL:
+        return f"{method} leaves out the rest of the box"
+    if limit == "kld_nats" and "kld_lower_bound" in kld_figures(result):
+        estimated = result["fidelity"]["basis"].startswith(ESTIMATE)
+        return None if estimated else "a pack without sampled tail tokens gives a lower bound alone"
+    return None
+
+
+def kld_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """The KLD figures over all positions, or over the answer's where those alone were measured."""
+    found = result.get("fidelity") or {}
+    return found.get("all") or found.get("answer") or {}
 
 
 def judge(low: float, high: float, bound: float, below: bool) -> str:
@@ -81,6 +92,16 @@ def figure(result: dict[str, Any], limit: str) -> tuple[float | None, tuple[floa
     if limit == "watts":
         energy = result.get("energy") or {}
         return energy.get("mean_w"), energy.get("mean_w_ci95"), energy.get("n")
+    if limit == "kld_nats":
+        kld = kld_figures(result)
+        if kld.get("kld_mean") is None:
+            return None, None, None
+        low, high = kld["kld_ci95"]
+        if bound := kld.get(
+            "kld_lower_bound_ci95"
+        ):  # by a pack: what its bound reaches is reached for certain
+            low = max(low, bound[0])
+        return kld["kld_mean"], (low, max(low, high)), kld.get("rows")
     found = (result.get("speed") or {}).get(limit)
     if not found:
         return None, None, None

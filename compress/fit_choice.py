@@ -53,7 +53,7 @@ def tok_per_s(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> 
     if wanted.profile:
         from edgeft.profiles import get_profile
 
-        bandwidth = get_profile(wanted.profile).bandwidth_gb_per_s
+        bandwidth = get_profile(wanted.profile).usable_bandwidth_gb_per_s
         if bandwidth is None:
             raise UsageError(
                 f"the profile {wanted.profile} has no bandwidth.", "edgeft profiles show …; name another"

@@ -33,7 +33,7 @@ FIGURES = (
     "power_idle_w",
     "power_load_w",
 )
-LIMITS = ("memory_budget_gb", "ttft_s", "tpot_s", "decode_tok_per_s", "watts")
+LIMITS = ("memory_budget_gb", "ttft_s", "tpot_s", "decode_tok_per_s", "watts", "kld_nats")
 TEXTS = ("id", "name", "kind", "as_of", "source", "notes")
 KEYS = (*TEXTS, *FIGURES, "price_usd", "basis", "limits")
 REQUIRED = ("id", "name", "kind", "as_of", "source")

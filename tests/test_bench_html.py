@@ -13,6 +13,7 @@ import pytest
 
 from edgeft.bench import plot_data, plots
 from edgeft.bench.answers import figures
+from edgeft.bench.context import DEPTHS, FORMULA, at_length, effective
 from edgeft.bench.drawing import style
 from edgeft.bench.entries import compare_with_reference
 from edgeft.bench.html import flags_of, page
@@ -65,6 +66,7 @@ def made_once() -> BenchReport:
             "fidelity": fidelity_of(kld), "load_test": load_of(rate), "error": None,
             "energy": {"method": "wall meter", "joules_per_output_token": 20 / rate, "mean_w": 20.0, "mean_w_ci95": [19, 21], "n": 12},
             "flags": [{"what": "busy", "detail": "other processes used 0.5 cores", "round": i} for i in range(3)] if kind == "gptq" else [],
+            "context": context_of(share) if kind == "gguf" else None,
             "roofline": {"bandwidth_gb_per_s": 33.9, "decode_bound_tok_per_s": bound, "bandwidth_share": rate / bound, "over_100": None},
         }  # fmt: skip
         result["verdict"] = verdicts(result, LIMITS)
@@ -110,6 +112,20 @@ def fidelity_of(kld: float | None) -> dict | None:
     }
 
 
+def context_of(share: float) -> dict:
+    """Three lengths, the longest at half of what is right at the shortest."""
+    asked = [
+        {"tokens": tokens, "depth": depth, "repetition": i, "right": i < 10 * share * (0.5 if tokens == 1024 else 1),
+         "prompt_tokens": tokens - 3, "ttft_s": tokens / 2000 + i / 1000}
+        for tokens in (256, 512, 1024) for depth in DEPTHS for i in range(10)
+    ]  # fmt: skip
+    lengths = [at_length(tokens, asked) for tokens in (256, 512, 1024)]
+    return {
+        "label": "synthetic", "lengths": lengths, "effective_tokens": effective(lengths), "formula": FORMULA, "rows": [],
+        "side": "client",
+    }  # fmt: skip
+
+
 def load_of(rate: float) -> dict:
     closed = [
         {
@@ -141,7 +157,7 @@ def test_all_plots_are_there_and_are_whole_pictures(text):
     assert titles == [
         "Pareto front: quality over decode", "Accuracy over size", "Latency, 128 tokens in, 64 out",
         "Latency, 512 tokens in, 16 out", "Roofline (memory bandwidth)", "Memory",
-        "Paired differences", "Load", "Energy",
+        "Paired differences", "Load", "Effective context", "Energy",
     ]  # fmt: skip
     found = pictures(text)
     assert len(found) == len(titles)
@@ -175,6 +191,7 @@ def test_what_was_not_measured_is_said_and_not_drawn():
                 "energy",
                 "roofline",
                 "load_test",
+                "context",
                 "fidelity",
                 "accuracy",
                 "against_reference",
@@ -186,6 +203,7 @@ def test_what_was_not_measured_is_said_and_not_drawn():
     for words in (
         "Energy: not measured.", "Memory: not measured.", "Latency: not measured.", "Load (several clients at once): not measured.",
         "Pareto front: quality not measured.", "Accuracy over size: not measured", "Roofline: ", "Paired differences: ",
+        "Effective context: not measured.",
     ):  # fmt: skip
         assert text.count(f"<li>{words}") == 1, words
 
@@ -223,7 +241,7 @@ def test_an_older_report_is_drawn_as_far_as_it_goes():
     made = synthetic()
     for r in made.results:
         r["speed"] = {k: r["speed"][k] for k in ("ttft_s", "decode_tok_per_s", "prefill_tok_per_s", "side")}
-        for key in ("flags", "verdict", "roofline", "energy", "load_test", "error"):
+        for key in ("flags", "verdict", "roofline", "energy", "load_test", "error", "context"):
             del r[key]
     text = page(BenchReport(**{**vars(made), "pairs": []}))
     assert "<h2>Latency</h2>" in text and "Gaps between tokens (ITL): not kept." in text

@@ -11,7 +11,7 @@ from edgeft.bench import answers, fidelity, report
 from edgeft.bench.entries import compare_with_reference
 from edgeft.bench.score import score
 from edgeft.bench.stats import bootstrap_ratio_of_sums, mcnemar, summary, wilson
-from edgeft.engines.client import gather
+from edgeft.engines.client import events, gather
 from edgeft.types import BenchReport
 
 
@@ -112,13 +112,21 @@ def test_a_reply_is_timed_and_counted_from_usage():
         {"choices": [{"delta": {"content": "c"}, "finish_reason": "stop"}]},
         {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}},
     ]
-    import time
-
-    reply = gather(iter(chunks), time.perf_counter())
+    reply = gather(zip((0.1, 0.2, 0.5, 0.6), chunks, strict=True))
     assert (reply.text, reply.prompt_tokens, reply.output_tokens) == ("a bc", 7, 5)
     assert reply.mean_logprob == -2.0 and reply.finish_reason == "stop" and len(reply.chunk_s) == 2
-    assert reply.ttft_s == reply.chunk_s[0] <= reply.e2e_s
-    assert reply.decode_tok_per_s == pytest.approx(4 / (reply.e2e_s - reply.ttft_s))
+    assert (reply.ttft_s, reply.e2e_s, reply.chunk_s) == (0.2, 0.6, [0.2, 0.5])
+    assert reply.decode_tok_per_s == pytest.approx(4 / 0.4)
+
+
+def test_an_event_counts_from_when_its_line_is_whole():
+    pieces = [
+        (0.1, b'data: {"a": 1}\n\nda'),
+        (0.2, b'ta: {"b"'),
+        (0.3, b": 2}\r\n\n: note\n"),
+        (0.4, b"data: [DONE]\n\n"),
+    ]
+    assert list(events(pieces)) == [(0.1, {"a": 1}), (0.3, {"b": 2})]
 
 
 def items(model: str, right: list[bool]) -> list[dict]:

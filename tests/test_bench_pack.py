@@ -10,6 +10,7 @@ import pytest
 from edgeft.bench import fidelity, pack, pack_compare, pack_estimate, report
 from edgeft.bench.compare_items import kld_figure
 from edgeft.bench.targets import Target
+from edgeft.bench.verdict import verdicts
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.types import BenchReport
 from tests.conftest import write_rows
@@ -209,8 +210,9 @@ def figures(mean, interval, bound, basis=pack_estimate.ESTIMATE):
     ],
 )
 def test_a_bound_shows_a_fail_and_never_a_pass(fidelity_, limit, verdict):
-    assert pack_estimate.pack_verdict(fidelity_, limit) == verdict
-    assert pack_estimate.pack_verdict({**fidelity_, "all": None}, limit) == verdict
+    for measured in (fidelity_, {**fidelity_, "all": None}):
+        (found,) = verdicts({"fidelity": measured}, {"kld_nats": limit})
+        assert found["verdict"] == verdict, found
 
 
 def test_a_report_says_that_a_figure_is_an_estimate():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
 import httpx
 import pytest
 
 from edgeft.engines.chat_server import Sampling, Token, listen, until_stop
-from edgeft.engines.client import chat
+from edgeft.engines.client import Loopback, chat
 from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault, UsageError
 
@@ -123,3 +129,88 @@ def test_a_name_that_is_no_model_is_refused(tmp_path):
 
     with pytest.raises(UsageError, match="neither litellm:NAME nor openai:URL#NAME"):
         find([], ["gpt-4o"])
+
+
+# --- the client of engines on this box
+
+
+def words_server(key="k"):
+    """A server of ours whose model says five words, or fails where it is told to."""
+
+    def chat(messages, sampling):
+        def tokens():
+            for word in ("one", " two", " three", " four", " five"):
+                if messages[0]["content"] == "break":
+                    raise RuntimeError("the engine broke")
+                yield Token(word, None)
+
+        return 7, tokens()
+
+    return listen(chat, key, "words")
+
+
+def said(text: str) -> dict:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 9}
+
+
+def test_loopback_keeps_its_connection_and_reads_what_chat_reads():
+    port = words_server()
+    with closing(Loopback(port, "k")) as loopback, httpx.Client() as client:
+        first, local_port = loopback.chat(said("go")), loopback._connection().sock.getsockname()
+        again = loopback.chat(said("go"))
+        assert loopback._connection().sock.getsockname() == local_port, "one connection for both"
+        plain = chat(client, f"http://127.0.0.1:{port}", said("go"), "k")
+        left = chat(client, f"http://127.0.0.1:{port}", said("go"), "k", lambda text: "two" in text)
+    for reply in (first, again, plain):
+        assert (reply.text, reply.prompt_tokens, reply.output_tokens) == ("one two three four five", 7, 5)
+        assert reply.finish_reason == "stop" and len(reply.chunk_s) == 5
+        assert 0 < reply.ttft_s <= reply.chunk_s[-1] <= reply.e2e_s and sorted(reply.chunk_s) == reply.chunk_s
+    assert left.text == "one two"
+
+
+def test_loopback_has_a_connection_a_thread():
+    port = words_server()
+    with closing(Loopback(port, "k")) as loopback, ThreadPoolExecutor(4) as threads:
+        replies = list(threads.map(lambda _: loopback.chat(said("go")), range(12)))
+    assert {reply.text for reply in replies} == {"one two three four five"}
+
+
+def test_loopback_says_what_was_refused_and_goes_on_after_a_break():
+    port = words_server()
+    with closing(Loopback(port, "wrong")) as loopback:
+        with pytest.raises(EnvironmentFault, match=r"answered 401: .*wrong key"):
+            loopback.chat(said("go"))
+    with closing(Loopback(port, "k")) as loopback:
+        with pytest.raises(EnvironmentFault, match="broke off"):
+            loopback.chat(said("break"))
+        assert loopback.chat(said("go")).text == "one two three four five"
+    nobody = Loopback(unused_port(), "k")
+    with pytest.raises(EnvironmentFault, match="broke off: ConnectionRefused"):
+        nobody.chat(said("go"))
+
+
+def test_loopback_opens_anew_where_the_server_hung_up():
+    """As llama.cpp's server does after some seconds, or some hundred requests."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answer = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n\n'
+        whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer
+
+        def serve_two():
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(whole)
+
+        thread = threading.Thread(target=serve_two)
+        thread.start()
+        with closing(Loopback(server.getsockname()[1], "k")) as loopback:
+            assert loopback.chat(said("go")).text == "x"
+            time.sleep(0.1)  # for the hang-up to come
+            assert loopback.chat(said("go")).text == "x"
+        thread.join()
+
+
+def unused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

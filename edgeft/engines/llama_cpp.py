@@ -1,6 +1,6 @@
 """GGUF by llama-cpp-python: the second engine for such files, where xllamacpp has no wheel and to compare builds of llama.cpp.
 
-One request at a time; decoding and greedy sampling stay in llama.cpp's C code, the Python loop sees one token id a step.
+One request at a time; the Python loop sees one token id a step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgeft.engines.chat_server import Reader, Sampling, Token, listen
 from edgeft.engines.gguf import logits, logits_build, model_and_adapter
@@ -92,7 +94,8 @@ def generate(
 ) -> Iterator[Token]:
     """Tokens after `ids`, one by one; the cache is emptied first."""
     llama.llama_memory_clear(llama.llama_get_memory(context), True)
-    chain = sampler(llama, sampling)
+    chain = None if sampling.temperature == 0 else sampler(llama, sampling)
+    choices = llama.llama_vocab_n_tokens(vocabulary)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     step = (llama.llama_token * len(ids))(*ids)
     try:
@@ -104,13 +107,24 @@ def generate(
             decode(llama, context, part, min(size, len(ids) - start))
         token = (llama.llama_token * 1)()
         for _ in range(min(sampling.max_tokens, room - len(ids))):
-            token[0] = llama.llama_sampler_sample(chain, context, -1)
+            token[0] = (
+                llama.llama_sampler_sample(chain, context, -1)
+                if chain
+                else likeliest(llama, context, choices)
+            )
             if llama.llama_vocab_is_eog(vocabulary, token[0]) and not sampling.ignore_eos:
                 return
             yield Token(decoder.decode(piece(llama, vocabulary, token[0])), None)
             decode(llama, context, token, 1)
     finally:
-        llama.llama_sampler_free(chain)
+        if chain:
+            llama.llama_sampler_free(chain)
+
+
+def likeliest(llama: Any, context: Any, choices: int) -> int:
+    """The id of the largest logit, the first of equals; llama.cpp's greedy sampler copies every candidate beforehand."""
+    row = llama.llama_get_logits_ith(context, -1)
+    return int(np.ctypeslib.as_array(row, (choices,)).argmax())
 
 
 def decode(llama: Any, context: Any, tokens: Any, count: int) -> None:
@@ -120,16 +134,12 @@ def decode(llama: Any, context: Any, tokens: Any, count: int) -> None:
 
 
 def sampler(llama: Any, sampling: Sampling) -> Any:
-    """llama.cpp's own chain: greedy at temperature 0, else nucleus and temperature."""
+    """llama.cpp's own chain: nucleus, temperature, and a draw."""
     chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    if sampling.temperature == 0:
-        parts = [llama.llama_sampler_init_greedy()]
-    else:
-        parts = [
-            llama.llama_sampler_init_top_p(sampling.top_p, 1), llama.llama_sampler_init_temp(sampling.temperature),
-            llama.llama_sampler_init_dist(sampling.seed if sampling.seed is not None else llama.LLAMA_DEFAULT_SEED),
-        ]  # fmt: skip
-    for part in parts:
+    for part in (
+        llama.llama_sampler_init_top_p(sampling.top_p, 1), llama.llama_sampler_init_temp(sampling.temperature),
+        llama.llama_sampler_init_dist(sampling.seed if sampling.seed is not None else llama.LLAMA_DEFAULT_SEED),
+    ):  # fmt: skip
         llama.llama_sampler_chain_add(chain, part)
     return chain
 

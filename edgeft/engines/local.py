@@ -22,7 +22,7 @@ START_DEADLINE_S = 600.0
 class LocalModel:
     """A model that is loaded and listens on `url`; a context manager that ends its process.
 
-    Attributes: url, key, pid, cold_start_s (spawning to ready, imports included), load_s (inside the
+    Attributes: url, port, key, pid, cold_start_s (spawning to ready, imports included), load_s (inside the
     child, imports of the engine included), build (the engine's name and version), load_mode, memory (its peak, sampled from
     the start, with `sample_memory`).
     Raises EnvironmentFault where the engine can't load the folder.
@@ -75,7 +75,8 @@ class LocalModel:
             self.close()
             raise
         self.cold_start_s = time.monotonic() - started
-        self.url = f"http://127.0.0.1:{reply['port']}"
+        self.port = int(reply["port"])
+        self.url = f"http://127.0.0.1:{self.port}"
         self.load_s = float(reply["load_s"])
         self.build = str(reply["build"])
         self.load_mode = str(reply["load_mode"])
