@@ -2,8 +2,9 @@
 
 One knob after the other: each value is asked in turns with the best so far, and taken where it saves time beyond doubt.
 In the end the choice is measured against the engine's defaults once more; it is kept only where it is faster and neither
-prefill nor decode is slower, else the defaults stay. A coarser type for keys and values is tried only where the answers stay:
-mean KLD against the same artefact with the engine's own type at most KV_MAX_KLD nats.
+prefill nor decode nor the user's own rows are slower, else the defaults stay. Forced answers repeat themselves, which drafts
+guess too well: drafts are chosen by the time of real answers to own rows alone. A coarser type for keys and values is tried
+only where the answers stay: mean KLD against the same artefact with the engine's own type at most KV_MAX_KLD nats.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
 from edgeft.engines.local import default_threads, usable_cores
 from edgeft.errors import EnvironmentFault
-from edgeft.rows import Row, load_rows, spread
+from edgeft.rows import Row, load_rows, prompt_of, spread
 
 if TYPE_CHECKING:
     from edgeft.bench.workload import Workload
 
 POINTS = (Point(512, 8), Point(64, 48))  # one that is prefill, one that is decode
+OWN = 2  # rows answered to their own end, a round
+PARTS = (
+    "time",
+    "prefill",
+    "decode",
+    "own",
+)  # of a round: all requests; TTFT of the long prompt; TPOT; own rows
 TRY_ROUNDS, CONFIRM_ROUNDS = 5, 12
 HOPELESS = 0.05  # two rounds that both lose so much are enough
 GAIN, AGREEING = 0.02, 0.8  # a value is taken where the median round saves so much, and so many rounds agree
@@ -84,6 +92,7 @@ def tune(
     beside: list[Target],
     rows: list[Row],
     workload: Workload,
+    max_tokens: int,
     log: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -106,34 +115,56 @@ def tune(
                 if entry["kld_nats"] > KV_MAX_KLD:
                     entry["why"] = f"KLD {entry['kld_nats']:.4f} is over {KV_MAX_KLD}"
                     continue
-            ratios = in_turns(target, asked, [best, candidate], TRY_ROUNDS, len(tried), context, log)[1]
+            pair = [best, candidate]
+            ratios = in_turns(target, asked, pair, TRY_ROUNDS, len(tried), context, max_tokens, log)[1]
         except EnvironmentFault as error:
             entry["why"] = error.message
             continue
-        saved = 1 - np.exp(ratios["time"])
+        saved = 1 - np.exp(ratios["own" if "speculative" in change else "time"])
         entry["time_saved"] = float(np.median(saved))
         if np.median(saved) > GAIN and (saved > 0).mean() >= AGREEING:
             best, entry["taken"] = candidate, True
-    chosen, gain = confirm(target, kept, best, context, log, say)
+    chosen, gain = confirm(target, kept, best, context, max_tokens, log, say)
     return {
         "options": chosen, "gain": gain, "tried": tried, "seconds": round(time.monotonic() - begun, 1),
         "points": [str(point) for point in POINTS],
     }  # fmt: skip
 
 
+def notes(result: dict[str, Any]) -> list[str]:
+    """What tuning gained over the engine's defaults, in words."""
+    found = result.get("autotune")
+    if not found:
+        return []
+    gain, tried = found["gain"], sum("time_saved" in entry for entry in found["tried"])
+    if not gain:
+        return [
+            f"{result['id']}, tuned: none of {tried} settings saved more than {100 * GAIN:.0f} %; the defaults stay."
+        ]
+    listed = ", ".join(
+        f"{name} {g['ratio']:.2f} ({g['ci95'][0]:.2f} to {g['ci95'][1]:.2f})"
+        for name in PARTS
+        if (g := gain.get(name))
+    )
+    said = f"{result['id']}, tuned: rates over the defaults' in {gain['time']['rounds']} rounds in turns: {listed}"
+    if not gain["kept"]:
+        return [f"{said}; something is slower or nothing faster for certain, so the defaults stay."]
+    chosen = ", ".join(f"{key} {value}" for key, value in found["options"].items())
+    return [f"{said}; kept: {chosen}. The other figures are taken with it."]
+
+
 def confirm(
-    target: Target, rows: list[Row], best: dict[str, Any], context: int, log: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    target: Target, rows: list[Row], best: dict[str, Any], context: int, max_tokens: int, log: Path,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], dict[str, Any] | None]:  # fmt: skip
     """(what is kept, its gain over the defaults): `best` where the fresh rounds show it faster, and nothing slower."""
     if not best:
         return {}, None
     say("measured against the defaults")
-    ratios = in_turns(target, rows, [{}, best], CONFIRM_ROUNDS, 1000, context, log)[1]
+    ratios = in_turns(target, rows, [{}, best], CONFIRM_ROUNDS, 1000, context, max_tokens, log)[1]
     gain: dict[str, Any] = {name: interval(values) for name, values in ratios.items()}
     faster = gain["time"]["ci95"][0] > 1
-    slower = [
-        name for name in ("prefill", "decode") if gain[name]["ci95"][1] < 1 or gain[name]["ratio"] < 0.99
-    ]
+    slower = [name for name in PARTS[1:] if gain[name]["ci95"][1] < 1 or gain[name]["ratio"] < 0.99]
     gain["kept"] = faster and not slower
     return (best if gain["kept"] else {}), gain
 
@@ -151,25 +182,23 @@ def interval(log_ratios: Any) -> dict[str, Any]:
 
 
 def in_turns(
-    target: Target, rows: list[Row], configurations: list[dict[str, Any]], rounds: int, seed: int, context: int, log: Path
+    target: Target, rows: list[Row], configurations: list[dict[str, Any]], rounds: int, seed: int, context: int,
+    max_tokens: int, log: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """For each configuration, log ratios of its times to the first one's, round by round: time, prefill (TTFT), decode (TPOT)."""
+    """For each configuration, log ratios of its times to the first one's, round by round, of each of PARTS."""
     refuse_without_room(target, len(configurations))
     with ExitStack() as stack:
         asks = [stack.enter_context(started(target, options, context, log)) for options in configurations]
         plan = speed.warm_up(asks[0], rows, POINTS)
         found: list[list[list[float]]] = []
         for number in range(rounds):
-            found.append(turn(asks, plan, rows, seed * rounds + number, number % 2 == 1))
+            found.append(turn(asks, plan, rows, max_tokens, seed * rounds + number, number % 2 == 1))
             saved = [1 - seconds[-1][0] / seconds[0][0] for seconds in found]
             if rounds == TRY_ROUNDS and number == 1 and max(saved) < -HOPELESS:
                 break
     times = np.array(found)
     return [
-        {
-            name: np.log(times[:, i, k] / times[:, 0, k])
-            for k, name in enumerate(("time", "prefill", "decode"))
-        }
+        {name: np.log(times[:, i, k] / times[:, 0, k]) for k, name in enumerate(PARTS)}
         for i in range(len(configurations))
     ]
 
@@ -182,9 +211,13 @@ def started(target: Target, options: dict[str, Any], context: int, log: Path) ->
 
 
 def turn(
-    asks: list[Caller], plan: dict[str, Any], rows: list[Row], number: int, back: bool
+    asks: list[Caller], plan: dict[str, Any], rows: list[Row], max_tokens: int, number: int, back: bool
 ) -> list[list[float]]:
-    """One round: for each configuration (seconds of all requests, TTFT of the long prompt, seconds a token of the long answer)."""
+    """One round: for each configuration the seconds of PARTS."""
+    own = [
+        {"messages": prompt_of(rows[(number * OWN + i) % len(rows)]), "max_tokens": max_tokens, "temperature": 0, "cache_prompt": False}
+        for i in range(OWN)
+    ]  # fmt: skip
     found: list[list[float]] = [[] for _ in asks]
     order = range(len(asks))
     for index in reversed(order) if back else order:
@@ -195,7 +228,8 @@ def turn(
             for i in range(len(POINTS))
         ]
         decode = replies[1].decode_tok_per_s or math.inf
-        found[index] = [sum(r.e2e_s for r in replies), replies[0].ttft_s, 1 / decode]
+        own_s = sum(ask(body).e2e_s for body in own)
+        found[index] = [sum(r.e2e_s for r in replies) + own_s, replies[0].ttft_s, 1 / decode, own_s]
     return found
 
 

@@ -28,7 +28,9 @@ CACHE = {
 }
 
 
-def tune_all(targets: list[Target], rows: list[Row], workload: Workload, journal: Journal) -> None:
+def tune_all(
+    targets: list[Target], rows: list[Row], workload: Workload, max_tokens: int, journal: Journal
+) -> None:
     """Search each artefact's options and keep them beside it as its run profile."""
     for target in targets:
         if target.kind != "artifact" or target.path is None or journal.last(target.id, "tuned"):
@@ -36,7 +38,7 @@ def tune_all(targets: list[Target], rows: list[Row], workload: Workload, journal
         log = journal.file.parent / f"{target.id.replace('/', '+')}.autotune.log"
         try:
             with console.step(f"tuning {target.id}") as say:
-                found = autotune.tune(target, targets, rows, workload, log, say)
+                found = autotune.tune(target, targets, rows, workload, max_tokens, log, say)
         except EnvironmentFault as error:
             journal.add(target.id, "tuning-error", error.message)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgeft.bench import choices, context, pack
+from edgeft.bench import autotune, choices, context, pack
 from edgeft.files import write_json, write_jsonl, write_text
 from edgeft.types import BenchReport
 
@@ -127,7 +127,9 @@ def notes(report: BenchReport) -> list[str]:
         lines.append(
             f"{', '.join(others)}: made of another merged model than the reference, so its KLD is not of quantizing alone."
         )
-    lines += [line for r in report.results for line in choices.notes(r) + context.notes(r)]
+    lines += [
+        line for r in report.results for line in autotune.notes(r) + choices.notes(r) + context.notes(r)
+    ]
     return lines
 
 

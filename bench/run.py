@@ -62,7 +62,7 @@ def bench(
     reference = reference_of(targets)
 
     if workload.autotune_seconds:
-        tune_all(targets, rows, workload, journal)
+        tune_all(targets, rows, workload, max_tokens, journal)
     measure(targets, rows, workload, max_tokens, box, meter, journal)
     if workload.fidelity:
         compare_logits(targets, reference, workload, threads, journal, state)

@@ -23,12 +23,11 @@ import os
 import statistics
 import subprocess
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from edgeft.bench import speed
-from edgeft.bench.callers import caller
+from edgeft.bench.pool import Pool
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
 from edgeft.engines.local import default_threads
@@ -95,21 +94,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=default_threads())
     options = parser.parse_args()
     asked, seen = rows(), {name: [] for name in ("llama-bench", "llama_cpp", "gguf")}  # type: dict[str, list[dict[str, float]]]
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        asks = {}
-        for name in ("llama_cpp", "gguf"):
-            target = Target(name, "folder", name, options.model, None, None)
-            log = Path(scratch) / f"{name}.log"
-            asks[name] = stack.enter_context(caller(target, log, options.threads, 2048))[0]
-        chars = {name: exact(ask, asked, PREFILL) for name, ask in asks.items()}
+    targets = {
+        name: Target(name, "folder", name, options.model, None, None) for name in ("llama_cpp", "gguf")
+    }
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        Pool(options.threads, 2048, lambda t: Path(scratch) / f"{t.id}.log") as pool,
+    ):
+        chars = {}
+        for name, target in targets.items():
+            with pool.use(target) as running:
+                chars[name] = exact(running.ask, asked, PREFILL)
         for number in range(options.pairs):
             sides = list(seen) if number % 2 == 0 else list(reversed(seen))
             for name in sides:
-                seen[name].append(
-                    rival(options.model, options.llama_bench, options.threads)
-                    if name == "llama-bench"
-                    else harness(asks[name], asked, chars[name], number)
-                )
+                if name == "llama-bench":
+                    seen[name].append(rival(options.model, options.llama_bench, options.threads))
+                    continue
+                with pool.use(targets[name]) as running:
+                    seen[name].append(harness(running.ask, asked, chars[name], number))
     medians = {
         name: {key: statistics.median(s[key] for s in many) for key in ("prefill", "decode")}
         for name, many in seen.items()

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,7 +42,7 @@ class Engine:
         self.name, self.calls, self.running, self.left = name, 0, 0, threading.Event()
         self.gate = threading.Event()
         self.gate.set()
-        self.url = f"http://127.0.0.1:{listen(self.chat, KEY, name)}"
+        self.url = f"http://127.0.0.1:{listen(self.chat, KEY, name, turn=ThreadPoolExecutor(1))}"
 
     def chat(self, messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
         self.calls += 1

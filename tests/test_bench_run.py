@@ -215,22 +215,39 @@ def test_a_run_profile_is_of_its_box_and_a_lost_draft_is_left_out(tmp_path, monk
 def test_only_what_is_faster_and_nowhere_slower_is_kept(monkeypatch, tmp_path):
     import numpy as np
 
-    def rounds(time_saved, prefill, decode):
-        values = {"time": time_saved, "prefill": prefill, "decode": decode}
+    def rounds(time_saved, prefill, decode, own=0.0):
+        values = {"time": time_saved, "prefill": prefill, "decode": decode, "own": own}
         return lambda *_: [None, {k: np.log(1 - np.full(12, v)) for k, v in values.items()}]
 
     for turns, kept in (
         (rounds(0.1, 0.0, 0.2), True),
         (rounds(0.1, -0.05, 0.3), False),
+        (rounds(0.1, 0.0, 0.4, -0.05), False),
         (rounds(0.0, 0.0, 0.0), False),
     ):
         monkeypatch.setattr(autotune, "in_turns", turns)
-        options, gain = autotune.confirm(None, [], {"threads": 2}, 1024, tmp_path / "log", lambda text: None)
+        options, gain = autotune.confirm(None, [], {"threads": 2}, 1024, 8, tmp_path / "log", print)
         assert gain["kept"] is kept and options == ({"threads": 2} if kept else {})
-    assert autotune.confirm(None, [], {}, 1024, tmp_path / "log", lambda text: None) == ({}, None)
+    assert autotune.confirm(None, [], {}, 1024, 8, tmp_path / "log", print) == ({}, None)
     assert autotune.interval(np.log(np.full(5, 0.5)))["ratio"] == pytest.approx(2.0), (
         "half the time is twice the rate"
     )
+
+
+def test_a_report_says_what_tuning_gained():
+    part = {"ratio": 1.2, "ci95": [1.1, 1.3], "rounds": 12}
+    tried = [{"what": "4 threads", "time_saved": 0.1}, {"what": "polling 0", "why": "the time was up"}]
+    gain = {**dict.fromkeys(autotune.PARTS, part), "kept": True}
+
+    def said(options, gain):
+        (line,) = autotune.notes({"id": "q", "autotune": {"options": options, "gain": gain, "tried": tried}})
+        return line
+
+    assert "time 1.20 (1.10 to 1.30), prefill" in said({"threads": 4}, gain) and "kept: threads 4." in said(
+        {"threads": 4}, gain
+    )
+    assert "the defaults stay" in said({}, {**gain, "kept": False}) and "none of 1 settings" in said({}, None)
+    assert autotune.notes({"id": "q", "autotune": None}) == []
 
 
 def test_the_fast_cores_are_found_where_they_differ(tmp_path):

@@ -189,8 +189,11 @@ def test_loopback_says_what_was_refused_and_goes_on_after_a_break():
         nobody.chat(said("go"))
 
 
-def test_loopback_opens_anew_where_the_server_hung_up():
-    """As llama.cpp's server does after some seconds, or some hundred requests."""
+@pytest.mark.parametrize("seen", [True, False])
+def test_loopback_opens_anew_where_the_server_hung_up(seen, monkeypatch):
+    """As llama.cpp's server does after a stream: seen before the next request, or only with it."""
+    if not seen:
+        monkeypatch.setattr("edgeft.engines.client.select.select", lambda *_: ([], [], []))
     with socket.create_server(("127.0.0.1", 0)) as server:
         answer = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n\n'
         whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer) + answer

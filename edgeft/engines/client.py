@@ -88,11 +88,8 @@ class Loopback:
     def chat(self, body: dict[str, Any]) -> Reply:
         """Send one streamed chat completion."""
         data = json.dumps(streamed(body)).encode()
-        started = time.perf_counter()
         try:
-            connection = self._connection()
-            connection.request("POST", PATH, data, self.headers)
-            response = connection.getresponse()
+            started, response = self._send(data)
             if response.status != 200:
                 raise refused(self.url, response.status, response.read())
             pieces = []
@@ -105,6 +102,21 @@ class Loopback:
             self._connection().close()  # half an answer must not stand before the next one
             raise
         return gather(events(pieces))
+
+    def _send(self, data: bytes) -> tuple[float, http.client.HTTPResponse]:
+        """(when it was sent, the answer's head). llama.cpp's server hangs up after a stream, which may be seen too late: once more then."""
+        connection = self._connection()
+        kept = connection.sock is not None
+        while True:
+            started = time.perf_counter()
+            try:
+                connection.request("POST", PATH, data, self.headers)
+                return started, connection.getresponse()
+            except ConnectionError:  # also RemoteDisconnected: not a byte of an answer came
+                connection.close()
+                if not kept:
+                    raise
+                kept = False
 
     def _connection(self) -> http.client.HTTPConnection:
         """This thread's connection; one that the engine has hung up on opens anew with its next request."""

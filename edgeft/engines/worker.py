@@ -23,13 +23,14 @@ def main() -> None:
     reply: dict[str, Any]
     try:
         from edgeft.engines import engine
+        from edgeft.engines.chat_server import compute
         from edgeft.errors import EdgeftError
 
         started = time.monotonic()
         if order["options"].get("cores") and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, order["options"]["cores"])
         module = engine(order["engine"])
-        reply = module.start(Path(order["folder"]), order["options"])
+        reply = compute().submit(module.start, Path(order["folder"]), order["options"]).result()
         reply["load_s"] = time.monotonic() - started
     except EdgeftError as error:
         reply = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
