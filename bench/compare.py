@@ -90,9 +90,10 @@ def gate(comparison: dict[str, Any]) -> tuple[int, str]:
 def _measured(a: Side, b: Side) -> list[tuple[Figure, LogRatio | None]]:
     speed = [(s.result.get("speed") or {}) for s in (a, b)]
     same_rows = a.report.workload.get("tasks_sha256") == b.report.workload.get("tasks_sha256")
+    virtual = any(s.report.environment.get("virtual_machine") for s in (a, b))
     found: list[tuple[Figure, LogRatio | None] | None] = [
         compare_speed.speed_figure(
-            name, speed[0], speed[1], _one_report(a, b), (a.repeats.get(name), b.repeats.get(name))
+            name, speed[0], speed[1], _one_report(a, b), (a.repeats.get(name), b.repeats.get(name)), virtual
         )
         for name in compare_speed.SPEEDS
     ]

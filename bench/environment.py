@@ -15,7 +15,9 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Python, packages, kernel, load average (1 min) and allowed cores."""
+    """Python, packages, kernel, load average (1 min), allowed cores, and whether a hypervisor shows itself (None: not known)."""
+    from edgeft.profiles.detection import virtualized
+
     versions = {}
     for package in PACKAGES:
         try:
@@ -28,5 +30,6 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "packages": versions,
         "allowed_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "virtual_machine": virtualized({}),
         "load_average_1min": os.getloadavg()[0],
     }

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.bench.aa import calibrate
+from edgeft.bench.compare_speed import FLOOR, FLOOR_VIRTUAL
 from edgeft.files import read_json
+from edgeft.profiles.detection import virtualized
 
 
 def run(artefact: Path, tasks: Path, out: Path) -> dict[str, Any]:
@@ -52,10 +54,13 @@ def main() -> None:
         a["p50_ci95"][0] <= b["p50_ci95"][1] and b["p50_ci95"][0] <= a["p50_ci95"][1] for a, b in pairs
     )
     rounds = [s["points"][0]["round"] for s in found]
+    samples = [d["samples"] for d in decode]
+    rules = {"two reports": FLOOR, "two reports of a virtual machine": FLOOR_VIRTUAL}
     print(json.dumps({
         "runs": len(found), "medians_tok_per_s": [d["p50"] for d in decode],
         "pairs": len(pairs), "intervals_overlap": overlap,
-        "calibration": calibrate([d["samples"] for d in decode], rounds_by_run=rounds),
+        "virtual_machine": virtualized({}),
+        "calibration": {n: calibrate(samples, rounds_by_run=rounds, floor=f) for n, f in rules.items()},
     }, indent=1))  # fmt: skip
 
 

@@ -199,6 +199,18 @@ def test_two_reports_are_not_told_apart_within_what_two_processes_differ_by():
     )
 
 
+def test_reports_of_virtual_machines_are_told_apart_by_more():
+    a, b = (
+        report(result("q", noisy(m, 30, m, 0.003)), environment={"virtual_machine": m == 50})
+        for m in (50, 43)
+    )
+    decode = of(compare(side(a), side(b)), "decode tok/s")
+    assert decode["verdict"] == "not told apart" and "25.0 %" in decode["why"]
+    known = {"decode tok/s": Repeats(0.002, 10)}
+    measured = compare(replace(side(a), repeats=known), replace(side(b), repeats=known))
+    assert of(measured, "decode tok/s")["verdict"] == "slower"
+
+
 def test_within_one_report_rounds_are_paired_and_less_is_told():
     shared = np.exp(0.1 * np.random.default_rng(1).normal(size=12))
     rounds = list(range(12))
