@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeft.bench.compare_speed import FLOOR, Repeats, floor_between, told
+from edgeft.bench.compare_speed import FLOOR, FLOOR_WITHIN, Repeats, floor_between, told
 from edgeft.bench.significance import ALPHA, Rounds, log_ratio
 
 
@@ -59,8 +59,40 @@ def calibrate(
     }
 
 
-def _called(a: Rounds, b: Rounds, floor: float, level: float, seed: int) -> int:
-    estimate = log_ratio(a, b, paired=False, seed=seed)
+def calibrate_in_turns(
+    pairs: list[tuple[list[float], list[float]]],
+    slowdown: float = 0.05,
+    trials: int = 100,
+    seed: int = 0,
+    *,
+    floor: float = FLOOR_WITHIN,
+) -> dict[str, Any]:
+    """`calibrate` for two processes of one artefact that one bench asked in turns: of each bench tok/s of both, round by round.
+
+    A trial takes one bench and resamples its rounds. Returns {called_different, found, trials, slowdown, runs, rounds, floor}.
+    """
+    chance = np.random.default_rng(seed)
+    called = found = 0
+    for trial in range(trials):
+        first, second = pairs[chance.integers(len(pairs))]
+        picks = chance.integers(0, len(first), len(first))
+        a, b = [[first[i]] for i in picks], [[second[i]] for i in picks]
+        slowed = [[s / (1 + slowdown) for s in r] for r in b]
+        called += _called(a, b, floor, ALPHA, trial, paired=True) != 0
+        found += _called(a, slowed, floor, ALPHA, trial, paired=True) == -1
+    return {
+        "called_different": called,
+        "found": found,
+        "trials": trials,
+        "slowdown": slowdown,
+        "runs": len(pairs),
+        "rounds": [len(a) for a, _ in pairs],
+        "floor": math.expm1(floor),
+    }
+
+
+def _called(a: Rounds, b: Rounds, floor: float, level: float, seed: int, paired: bool = False) -> int:
+    estimate = log_ratio(a, b, paired=paired, seed=seed)
     p = estimate.p()
     return told(estimate, floor, p is not None and p < level)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgeft.bench import compare_text, significance
-from edgeft.bench.aa import calibrate
+from edgeft.bench.aa import calibrate, calibrate_in_turns
 from edgeft.bench.compare import Side, compare, compare_many, gate
 from edgeft.bench.compare_speed import Repeats
 from edgeft.bench.csv_out import csv_text
@@ -401,6 +401,17 @@ def test_samples_alone_would_cry_wolf():
     runs = runs_of(0.01, 0.003, 12, 20, 4)
     assert calibrate(runs, floor=0.0)["called_different"] > 40
     assert calibrate(runs)["called_different"] <= 10
+
+
+def test_turns_find_five_percent_through_a_box_that_drifts():
+    chance = np.random.default_rng(3)
+    pairs = []
+    for _ in range(10):
+        drift = 100 * np.exp(0.08 * chance.normal(size=20))
+        pairs.append(tuple(list(drift * np.exp(0.01 * chance.normal(size=20))) for _ in range(2)))
+    found = calibrate_in_turns(pairs)
+    assert found["called_different"] <= 10 and found["found"] >= 80
+    assert calibrate([a for a, _ in pairs])["found"] < 60, "which two reports do not"
 
 
 def test_calibrate_counts_and_measures_the_floor():
