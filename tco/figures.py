@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeft.tco.cells import ASSUMED, MEASURED
+from edgeft.tco.cells import ASSUMED
 
 Z90 = 1.2815515655446004  # the standard normal's 90th percentile
 Z975 = 1.959963984540054
@@ -109,5 +109,5 @@ def weakest(figures: list[Figure]) -> tuple[str, ...]:
     """The tags of figures, each once, the strongest first."""
     from edgeft.tco.cells import STRENGTH
 
-    found = {f.tag for f in figures} or {MEASURED}
+    found = {f.tag for f in figures} or {ASSUMED}
     return tuple(word for word in STRENGTH if word in found)

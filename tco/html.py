@@ -9,22 +9,24 @@ from html import escape
 
 from edgeft.bench.html import STYLE
 from edgeft.tco.cells import Cell, usd
-from edgeft.tco.inputs import INPUTS
 from edgeft.tco.plots import Plot, key_of, plots
-from edgeft.tco.render import FORMULAS, TAGS, titles
+from edgeft.tco.render import FORMULAS, TAGS, evidence_line, grouped, titles
 from edgeft.tco.tabulate import Table
 
 OWN_STYLE = """
 .answer{font-size:1.05rem;border-left:4px solid #1f6fb4;padding:.2rem 0 .2rem .8rem;margin:.6rem 0}.answer p{margin:.15rem 0}
-.answer p:first-child{font-weight:600}td{vertical-align:top;white-space:normal;min-width:5.2rem}
+.answer p:first-child{font-weight:600}body{max-width:1500px}td{vertical-align:top;white-space:normal;min-width:5.2rem}
 td small{color:#555;display:block}td a{text-decoration:none}a.m,i.m{color:#14532d}a.l,i.l{color:#1b4a80}a.a,i.a{color:#8a4b00}a.n,i.n{color:#8a1111}
 td a,li i{font-size:.72rem;font-style:normal;border:1px solid;border-radius:.2rem;padding:0 .22rem;display:inline-block;line-height:1.25}
-ul.evidence{columns:2;column-gap:2rem;font-size:.78rem}ul.evidence li{break-inside:avoid}:target{background:#fdf1d3}
-@media print{h1{font-size:13pt}.answer{font-size:8.5pt;margin:1mm 0}table{font-size:5.4pt}td{min-width:0}td a{font-size:4.6pt;padding:0 1pt}
-td small{font-size:4.8pt}figure{width:32%}figure h2{font-size:7.5pt}figcaption{font-size:5.6pt}h2{font-size:9pt;margin:2mm 0 1mm}
-.plots{margin:0}figure{margin:0 .4% 1mm}.key{font-size:6pt;margin:0 0 1mm}.second{break-before:page}ul{font-size:6.6pt;margin:1mm 0}
-ul.evidence{columns:3;font-size:4.9pt;line-height:1.22;column-gap:4mm;padding-left:3mm}li i{font-size:4.4pt;padding:0 1pt}p.tags{font-size:6pt}}
-@page{size:A4 landscape;margin:9mm}
+ul.evidence{columns:2;column-gap:2rem;font-size:.78rem}ul.evidence li{break-inside:avoid}li:has(:target){background:#fdf1d3}
+@media print{h1{font-size:11pt}body{font-size:6.5pt;line-height:1.3}.answer{font-size:7pt;margin:1mm 0}.answer p{margin:0}p{margin:.5mm 0}
+table{font-size:5pt;line-height:1.15}th,td{padding:.55pt 1.2pt}td{min-width:0}th:first-child,td:first-child{min-width:50pt}
+td a{font-size:4.2pt;padding:0 .6pt;line-height:1.05}td small{font-size:4.3pt}
+figure{width:32%;margin:0 .4%}figure h2{font-size:7pt;margin:0}figcaption{font-size:5pt;line-height:1.2}h2{font-size:8pt;margin:1.5mm 0 .5mm}
+figure svg{max-height:50mm}.plots{margin:0;white-space:nowrap}figcaption{white-space:normal}.key{font-size:5.5pt;margin:0}
+.second{break-before:page}ul{font-size:5.8pt;margin:.5mm 0}
+ul.evidence{columns:4;font-size:4.3pt;line-height:1.17;column-gap:3mm;padding-left:2.5mm}li i{font-size:3.9pt;padding:0 .8pt}p.tags{font-size:5pt}}
+@page{size:A4 landscape;margin:8mm}
 """
 MARKS = {"measured": ("m", "measured"), "list price": ("l", "list"), "assumed": ("a", "assumed"), "not known": ("n", "missing")}
 
@@ -93,11 +95,11 @@ def _must(table: Table) -> str:
 
 
 def _evidence(table: Table) -> str:
+    """Each group of figures that say the same; every figure has its anchor."""
     found = ""
-    for i, f in table.evidence.items():
-        letter, word = MARKS[f.tag]
-        about = INPUTS[i.rsplit(".", 1)[-1]].about
-        found += (
-            f'<li id="{_anchor(i)}"><i class="{letter}">{word}</i> {escape(i)} = {escape(f.shown)}: {escape(about)}; {escape(f.text)}</li>'
-        )
+    for group in grouped(table):
+        letter, word = MARKS[group[0].tag]
+        anchors = "".join(f'<a id="{_anchor(f.id)}"></a>' for f in group)
+        text = escape(evidence_line(group)).replace(f" [{group[0].tag}]", "", 1)
+        found += f'<li>{anchors}<i class="{letter}">{word}</i> {text}</li>'
     return found

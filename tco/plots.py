@@ -32,10 +32,12 @@ def plots(table: Table) -> list[Plot]:
 
 
 def chosen(table: Table) -> list[str]:
-    """The columns that are drawn as lines: the two compared, then the cheapest, MOST at most."""
+    """The columns that are drawn as lines: the two compared, then the cheapest of each kind."""
     known = sorted(table.bands, key=lambda n: table.bands[n][1][-1])
+    kinds = {n: table.scenario.columns[n].kind for n in known}
+    cheapest = [next(n for n in known if kinds[n] == kind) for kind in dict.fromkeys(kinds.values())]
     first = [n for n in (table.local, table.rival) if n in table.bands]
-    return [*first, *(n for n in known if n not in first)][:MOST]
+    return list(dict.fromkeys([*first, *cheapest]))[:MOST]
 
 
 def cumulative(table: Table) -> Plot:
@@ -55,12 +57,12 @@ def cumulative(table: Table) -> Plot:
         fade = 1 - 0.25 * same.index(name)
         axes.fill_between(months, low, high, color=COLOURS[kind], alpha=0.12 * fade, lw=0)
         axes.plot(months, mid, color=COLOURS[kind], lw=1.6, ls=dash.get(kind, "-"), alpha=fade)
-    axes.set(xlabel="month", xlim=(0, table.months * 1.0), ylim=(0, None))
+    axes.set(xlabel="month", xlim=(0, float(table.months)), ylim=(0, None))
     axes.yaxis.set_major_formatter(lambda v, _: usd(v).removesuffix(".00"))
     ends = [(float(table.months) * (0.55 + 0.06 * i), _on(table, n, 0.55 + 0.06 * i)) for i, n in enumerate(names)]
     names_beside(made, axes, ends, [table.scenario.columns[n].title for n in names])
     left = len(table.bands) - len(names)
-    more = f" {left} dearer columns are left out." if left else ""
+    more = f" {left} columns are left out." if left else ""
     return Plot(title, f"Lines: median of {table.draws:,} draws; bands: P10 to P90. Assumed and listed figures alike.{more}", svg(made))
 
 
@@ -121,7 +123,10 @@ def quality(table: Table) -> Plot:
         axes.plot(x, y, "o", ms=6, color=COLOURS[kind], mfc=COLOURS[kind] if full else "white")
     axes.xaxis.set_major_formatter(lambda v, _: usd(v).removesuffix(".00"))
     axes.xaxis.set_minor_formatter(lambda v, _: "")
-    axes.margins(0.25, 0.2)
+    axes.margins(x=0.25)
+    low = [100 * c.range[0] if c.range else y for (_, y), (_, c) in zip(points, kinds, strict=True)]
+    high = [100 * c.range[1] if c.range else y for (_, y), (_, c) in zip(points, kinds, strict=True)]
+    axes.set_ylim(max(0.0, min(low) - 8), min(104.0, max(high) + 8))
     names_beside(made, axes, points, names)
     return Plot(title, "Full dots: quality measured; hollow: assumed. Lines: P10 to P90 of the share. Up and left is better.", svg(made))
 

@@ -49,8 +49,8 @@ def list_price(
 ) -> dict[str, Any]:
     """{usd_per_mtok_in, …_out, …_read, …_write, long_context_tokens, …_in_long, …_out_long, source, as_of, notes} of a model.
 
-    USD per million tokens; a key is absent where the table has no such price. What is written to a prompt cache costs the plain
-    price where the table names no other. Raises UsageError where the model is not in the table, is not priced by the token, has
+    USD per million tokens; a key of long context is absent where the table has none. What is read from or written to a prompt
+    cache costs the plain price where the table names no other. Raises UsageError where the model is not in the table, is not priced by the token, has
     no batch price where one is asked for, or was withdrawn before `today`.
     """
     name = model.removeprefix("litellm:")
@@ -67,9 +67,11 @@ def list_price(
     if found["usd_per_mtok_in"] is None or found["usd_per_mtok_out"] is None:
         what = "batch price" if batch else "price per token"
         raise UsageError(f"litellm's price table has no {what} for '{name}'.", f"edgeft tco --api {SMALL} ...")
-    if found["usd_per_mtok_write"] is None:
-        found["usd_per_mtok_write"] = found["usd_per_mtok_in"]
     notes = []
+    if found["usd_per_mtok_read"] is None:
+        notes.append("no price for cached prompts, so the plain one")
+    for key in ("usd_per_mtok_read", "usd_per_mtok_write"):
+        found[key] = found["usd_per_mtok_in"] if found[key] is None else found[key]
     if entry.get("supports_reasoning"):
         notes.append("a reasoning model: tokens it thinks with are billed too; give 'reasoning_tokens'")
     if gone := entry.get("deprecation_date"):
@@ -80,7 +82,7 @@ def list_price(
             )
         notes.append(f"withdrawn on {gone}")
     return {
-        **{k: v for k, v in found.items() if v is not None},
+        **found,
         **_long_context(entry, end),
         "source": entry.get("source") or "litellm's table, which names no source",
         "as_of": as_of,

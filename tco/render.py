@@ -38,8 +38,8 @@ def grid(table: Table) -> tuple[list[str], list[list[str]]]:
         for key, title in titles(table).items()
         if any(key in row for row in table.cells.values())
     ]
-    cheaper = [f"{table.cheaper[n]:.0%} of draws" if n in table.cheaper else "–" for n in table.scenario.columns]
-    rows.append(["cheaper than every API that answers in time", *cheaper])
+    cheaper = [f"{table.cheaper[n]:.0%}" if n in table.cheaper else "–" for n in table.scenario.columns]
+    rows.append(["cheaper than every API in time", *cheaper])
     return ["", *columns], rows
 
 
@@ -58,10 +58,20 @@ def shown(cell: Cell | None) -> str:
     return f"{cell.text}{ends}\n[{cell.tag}]"
 
 
-def evidence_line(figure: Figure) -> str:
-    """One figure with its meaning and what it rests on."""
-    about = INPUTS[figure.id.rsplit(".", 1)[-1]].about
-    return f"{figure.id} = {figure.shown} [{figure.tag}]: {about}; {figure.text}"
+def grouped(table: Table) -> list[list[Figure]]:
+    """The evidence, figures of several columns that say the same together."""
+    groups: dict[tuple[str, ...], list[Figure]] = {}
+    for f in table.evidence.values():
+        groups.setdefault((f.id.rsplit(".", 1)[-1], f.shown, f.tag, f.text), []).append(f)
+    return list(groups.values())
+
+
+def evidence_line(group: list[Figure]) -> str:
+    """Figures that say the same, with their meaning and what they rest on: 'name (columns) = value [tag]: meaning; source'."""
+    first, name = group[0], group[0].id.rsplit(".", 1)[-1]
+    where = [f.id.rsplit(".", 1)[0] for f in group if "." in f.id]
+    of = f" ({', '.join(where)})" if where else ""
+    return f"{name}{of} = {first.shown} [{first.tag}]: {INPUTS[name].about}; {first.text}"
 
 
 def terminal(table: Table) -> str:
@@ -74,7 +84,7 @@ def terminal(table: Table) -> str:
             f"  {b['id']} {plain(b['low'])} to {plain(b['high'])}: {usd(b['gain_low'])} to {usd(b['gain_high'])}"
             for b in table.tornado
         ]
-    lines += ["", "Evidence", *(f"  {evidence_line(f)}" for f in table.evidence.values()), "", f"  {TAGS}"]
+    lines += ["", "Evidence", *(f"  {evidence_line(g)}" for g in grouped(table)), "", f"  {TAGS}"]
     return "\n".join(lines)
 
 
@@ -101,7 +111,7 @@ def markdown(table: Table) -> str:
             _line([b["id"], plain(b["low"]), plain(b["high"]), usd(b["gain_low"]), usd(b["gain_high"])])
             for b in table.tornado
         ]
-    lines += ["", "## Evidence", "", *(f"- {_safe(evidence_line(f))}" for f in table.evidence.values())]
+    lines += ["", "## Evidence", "", *(f"- {_safe(evidence_line(g))}" for g in grouped(table))]
     lines += ["", "## Formulas", "", *(f"- {_safe(f)}" for f in FORMULAS), "", TAGS, ""]
     lines += [f"{table.draws:,} draws, seed {table.seed}."]
     return "\n".join(lines) + "\n"

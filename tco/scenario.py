@@ -176,7 +176,7 @@ class Reader:
         elif beside:
             figure = beside
         else:
-            text = "assumed by default" if i.default is not None else f"nobody gave {name}: {i.about}"
+            text = "assumed by default" if i.default is not None else f"no {name}"
             figure = Figure(key if i.kinds and i.range else name, i.default, i.range, ASSUMED, text, i.bounds)
         for asked in (key, name):
             if given is None and asked in self.changed:

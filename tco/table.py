@@ -16,7 +16,7 @@ from edgeft.tco.inputs import API, MACHINES, ROUTED
 from edgeft.tco.scenario import Column, Scenario
 
 ROWS = {
-    "upfront_usd": "upfront: hardware, data, training",
+    "upfront_usd": "upfront",
     "fixed_usd": "fixed a month",
     "variable_usd": "variable a month",
     "total_usd": "total a month",
@@ -24,12 +24,13 @@ ROWS = {
     "usd_per_mtok_out": "$ per 1M answer tokens",
     "usd_per_1k_requests": "$ per 1,000 requests",
     "usd_per_1k_solved": "$ per 1,000 solved",
-    "wrong_usd": "cost of wrong answers a month",
+    "wrong_usd": "wrong answers a month",
+    "total_wrong_usd": "total with wrong answers",
     "npv_usd": "NPV of all payments",
     "break_even_month": "break-even month, P10/P50/P90",
     "break_even_requests": "break-even requests a month",
-    "correct_share": "solved correctly",
-    "quality_change": "quality against the rival, points",
+    "correct_share": "solved correctly (P10 to P90)",
+    "quality_change": "points against the rival",
     "ttft_p95_s": "first token, p95",
     "kwh": "energy a month",
     "kgco2": "carbon a month",
@@ -106,7 +107,8 @@ def cells_of(world: World, column: Column) -> dict[str, Cell]:
     b.cell("usd_per_mtok_out", lambda kind, v: _per_mtok(columns.split(kind, v)[1], v, "tokens_out"), usd)
     b.cell("usd_per_1k_requests", lambda kind, v: _per_1k(columns.monthly(kind, v), v["requests_per_month"]), _or_none)
     b.cell("usd_per_1k_solved", _solved, _or_none)
-    b.cell("wrong_usd", lambda kind, v: v["requests_per_month"] * (1 - v["correct_share"]) * v["wrong_answer_usd"], usd)
+    b.cell("wrong_usd", lambda kind, v: _wrong(v), usd)
+    b.cell("total_wrong_usd", lambda kind, v: columns.monthly(kind, v) + _wrong(v), usd)
     b.cell("npv_usd", lambda kind, v: -cashflow.net_present_cost(kind, v), usd)
     b.cell("correct_share", lambda kind, v: v["correct_share"], _percent)
     b.cell("ttft_p95_s", lambda kind, v: v["ttft_p95_s"], lambda s: f"{s:.2f} s")
@@ -119,7 +121,7 @@ def cells_of(world: World, column: Column) -> dict[str, Cell]:
         b.cell("capacity_used", lambda kind, v: k.busy(v), _percent)  # type: ignore[misc]
     else:
         for key in ("kwh", "kgco2"):
-            b.cells[key] = not_known("providers publish none by the token")
+            b.cells[key] = not_known("not published by the token")
     if kind == ROUTED and b.cells["kwh"].value is not None:
         for key in ("kwh", "kgco2"):
             found = b.cells[key]
@@ -143,6 +145,11 @@ def _per_1k(usd_per_month: Any, count: Any) -> float:
 
 def _solved(kind: str, v: Values) -> float:
     return _per_1k(columns.monthly(kind, v), v["requests_per_month"] * v["correct_share"])
+
+
+def _wrong(v: Values) -> float:
+    """USD a month that wrong answers cost."""
+    return v["requests_per_month"] * (1 - v["correct_share"]) * v["wrong_answer_usd"]
 
 
 def _or_none(value: float) -> str:

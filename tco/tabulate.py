@@ -85,10 +85,10 @@ def _break_even(world: Any, scenario: Scenario, name: str, rival: str, cells: An
     quantiles, share = uncertainty.break_even(drawn[name], drawn[rival])
     shown = "/".join("never" if q == float("inf") else f"{q:.0f}" for q in quantiles)
     if quantiles[0] == float("inf"):
-        shown = f"never in {int(scenario.figures['months'].value or 0)} months"
-    note = f" ({share:.0%} of draws); rests on assumptions" if ASSUMED in words else f" ({share:.0%} of draws)"
+        shown = "never"
+    note = f" ({share:.0%} of draws)" + (", on assumptions" if ASSUMED in words else "")
     month = Cell(quantiles[1], shown + note, words, evidence, (quantiles[0], quantiles[2]))
     requests = uncertainty.volume(world, column, other)
     text = "at no volume" if requests is None else f"{requests:,.0f}"
-    text += "; rests on assumptions" if ASSUMED in words else ""
+    text += ", on assumptions" if ASSUMED in words else ""
     return {"break_even_month": month, "break_even_requests": Cell(requests, text, words, evidence)}

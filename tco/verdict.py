@@ -51,7 +51,7 @@ def verdict(
     if weak == "assumed":
         lines.append("These sums rest on assumed figures; each stands in the list of evidence with its range.")
     lines.append(_quality(scenario, cells, local, rival))
-    return lines
+    return lines + _with_wrong_answers(scenario, cells)
 
 
 def _ratio(more: float, less: float) -> str:
@@ -79,6 +79,19 @@ def _batch(scenario: Scenario, cells: Cells, local: str | None) -> list[str]:
     cost, here = -(cells[best.id]["npv_usd"].value or 0.0), -(cells[local]["npv_usd"].value or 0.0)
     word = "cheaper" if cost < here else "dearer"
     return [f"Where the work can wait a day, {best.title} costs {usd(cost)}: {word} than {scenario.columns[local].title}."]
+
+
+def _with_wrong_answers(scenario: Scenario, cells: Cells) -> list[str]:
+    """Which column is cheapest when wrong answers are counted, where their cost is known."""
+    known = [n for n, row in cells.items() if not missing_cell(row["total_wrong_usd"])]
+    if len(known) < 2:
+        return []
+    best = min(known, key=lambda n: cells[n]["total_wrong_usd"].value or 0.0)
+    cell, each = cells[best]["total_wrong_usd"], scenario.figures["wrong_answer_usd"]
+    return [
+        f"With wrong answers at {usd(each.value or 0.0)} each, {scenario.columns[best].title} costs least: {cell.text} a month, "
+        f"{cell.tag}."
+    ]
 
 
 def _quality(scenario: Scenario, cells: Cells, local: str, rival: str) -> str:
