@@ -52,7 +52,10 @@ def write(path: Path, files: Mapping[str, Source]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as out, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            with (
+                os.fdopen(handle, "wb") as out,
+                tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar,
+            ):
                 for name, source in files.items():
                     entry = tarfile.TarInfo(name)
                     entry.mode, entry.mtime = (0o755 if name.endswith(".sh") else 0o644), 0
@@ -92,7 +95,8 @@ class Bundle:
         unsafe = [n for n in self.places if PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts]
         if unsafe or names - set(self.places):
             raise UsageError(
-                f"{path} is no bundle: {(unsafe or sorted(names - set(self.places)))[0]!r} is unsafe or missing.", HINT
+                f"{path} is no bundle: {(unsafe or sorted(names - set(self.places)))[0]!r} is unsafe or missing.",
+                HINT,
             )
 
     @property

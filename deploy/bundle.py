@@ -81,7 +81,9 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
         "schema": archive.SCHEMA,
         "id": "",
         "for": {"profile": wanted.profile.id, "name": wanted.profile.name, "as_of": wanted.profile.as_of},
-        "promised": {k: v for k, v in wanted.profile.limits.items() if k in ("ttft_s", "tpot_s", "decode_tok_per_s")},
+        "promised": {
+            k: v for k, v in wanted.profile.limits.items() if k in ("ttft_s", "tpot_s", "decode_tok_per_s")
+        },
         "config": config,
         "venv": venv,
         "needs": {
@@ -92,12 +94,16 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
             "disk_bytes": preflight.disk_bytes(files),
             "cpu_flags": sorted({flag for e in engines for flag in CPU_FLAGS.get((e, arch), ())}),
         },
-        "artifacts": [{"id": t.id, "sha256": t.sha256, "engine": t.engine, "bytes": t.size_bytes} for t in targets],
+        "artifacts": [
+            {"id": t.id, "sha256": t.sha256, "engine": t.engine, "bytes": t.size_bytes} for t in targets
+        ],
         "policy": policy_facts,
         "packages": "lock" if wanted.lock_only else "wheels",
         "files": facts,
     }
-    manifest["id"] = hashlib.sha256(json.dumps({**manifest, "id": ""}, sort_keys=True).encode()).hexdigest()[:16]
+    manifest["id"] = hashlib.sha256(json.dumps({**manifest, "id": ""}, sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
     return files, manifest
 
 
@@ -105,7 +111,10 @@ def _choose(wanted: Wanted) -> tuple[list[Target], dict[str, archive.Source], di
     """(artefacts that go in, the policy's files, what the manifest says of it)."""
     for place in wanted.artifacts:
         if place.is_file():
-            raise UsageError(f"{place} is a file; a bundle takes artefacts.", "edgeft bundle dist/gguf-q4_k_m --for PROFILE")
+            raise UsageError(
+                f"{place} is a file; a bundle takes artefacts.",
+                "edgeft bundle dist/gguf-q4_k_m --for PROFILE",
+            )
     there = find([*wanted.artifacts], [])
     if wanted.policy is None:
         if len(there) != 1:
@@ -118,7 +127,9 @@ def _choose(wanted: Wanted) -> tuple[list[Target], dict[str, archive.Source], di
 
     policy = load_policy(wanted.policy).policy
     chosen = _candidates(policy, there)
-    files = {p.relative_to(wanted.policy).as_posix(): p for p in sorted(wanted.policy.rglob("*")) if p.is_file()}
+    files = {
+        p.relative_to(wanted.policy).as_posix(): p for p in sorted(wanted.policy.rglob("*")) if p.is_file()
+    }
     return chosen, dict(files), {"kind": "policy", "candidates": [policy.weak["id"], policy.strong["id"]]}
 
 
@@ -149,4 +160,8 @@ def _packages(engines: set[str], arch: str, wanted: Wanted) -> dict[str, archive
     name, content = packages.own_wheel()
     extras = ",".join(sorted({e for engine in engines for e in packages.EXTRAS[engine].split(",")}))
     lock = f"edgeft[{extras}] @ file:wheels/{name}\n".encode()
-    return {f"wheels/{name}": content, "requirements.lock": lock, "constraints.txt": packages.installed().encode()}
+    return {
+        f"wheels/{name}": content,
+        "requirements.lock": lock,
+        "constraints.txt": packages.installed().encode(),
+    }

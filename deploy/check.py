@@ -10,7 +10,19 @@ import sys
 import time
 from typing import Any
 
-WORDS = "order refund delivery address invoice account card payment branch appointment receipt".split()
+WORDS = [
+    "order",
+    "refund",
+    "delivery",
+    "address",
+    "invoice",
+    "account",
+    "card",
+    "payment",
+    "branch",
+    "appointment",
+    "receipt",
+]
 PROMPT_WORDS, OUTPUT_TOKENS, LEAST = 64, 32, 3
 
 
@@ -18,7 +30,12 @@ def body_of(number: int) -> dict[str, Any]:
     """The request of a number: another text each time, answers of at most OUTPUT_TOKENS."""
     words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(PROMPT_WORDS)]
     text = f"Request {number}. Say something about: {' '.join(words)}."
-    return {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": OUTPUT_TOKENS, "temperature": 0.7}
+    return {
+        "model": "auto",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": OUTPUT_TOKENS,
+        "temperature": 0.7,
+    }
 
 
 def measure(url: str, seconds: float) -> dict[str, Any]:
@@ -35,7 +52,11 @@ def measure(url: str, seconds: float) -> dict[str, Any]:
             replies.append(chat(client, url, body_of(1 + len(replies))))
     rates = [r for reply in replies if (r := reply.decode_tok_per_s)]
     found: dict[str, Any] = {"requests": len(replies), "seconds": time.monotonic() - started}
-    for name, samples in (("ttft_s", [r.ttft_s for r in replies]), ("tpot_s", [1 / r for r in rates]), ("decode_tok_per_s", rates)):
+    for name, samples in (
+        ("ttft_s", [r.ttft_s for r in replies]),
+        ("tpot_s", [1 / r for r in rates]),
+        ("decode_tok_per_s", rates),
+    ):
         if samples:
             figure = summary(samples)
             found[name] = {key: figure[key] for key in ("p50", "p95", "p50_ci95", "n")}

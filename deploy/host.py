@@ -86,7 +86,9 @@ def _deploy(box: Box, bundle: Bundle, check_s: float, say: Callable[[str], None]
             told = box.ask("check", bundle.id, manifest["venv"], str(check_s), port, timeout_s=check_s + 300)
             found.checked = judged(json.loads(told.splitlines()[-1]), manifest["promised"])
             if found.checked["verdict"] == "FAIL":
-                raise GateError(f"it runs and is slower than {manifest['for']['profile']} promises: {found.checked['text']}")
+                raise GateError(
+                    f"it runs and is slower than {manifest['for']['profile']} promises: {found.checked['text']}"
+                )
     except EdgeftError as error:
         say("going back")
         _back(box, found, error)
@@ -101,7 +103,9 @@ def _back(box: Box, found: Outcome, error: EdgeftError) -> None:
     try:
         box.ask("rollback", before, str(READY_S))
         found.state = "rolled back" if before else "failed"
-        found.text = f"{error.message}" + (f"; {before} runs again" if before else "; nothing ran before, so it is stopped")
+        found.text = f"{error.message}" + (
+            f"; {before} runs again" if before else "; nothing ran before, so it is stopped"
+        )
     except EdgeftError as worse:
         found.state, found.text = "failed", f"{error.message}; and going back failed: {worse.message}"
 
@@ -149,6 +153,9 @@ def roll_back(box: Box) -> dict[str, Any]:
     """Have the version before the current one run. Raises GateError where there is none."""
     state = box.probe("3")
     if not state["previous"] or state["previous"] == state["current"]:
-        raise GateError(f"{box.host} keeps no version before the current one.", f"edgeft deploy status {shlex.quote(box.host)}")
+        raise GateError(
+            f"{box.host} keeps no version before the current one.",
+            f"edgeft deploy status {shlex.quote(box.host)}",
+        )
     box.ask("rollback", state["previous"], str(READY_S))
     return {"host": box.host, "current": state["previous"], "previous": state["current"]}

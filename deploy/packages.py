@@ -36,7 +36,9 @@ def own_wheel() -> tuple[str, bytes]:
     info = f"edgeft-{__version__}.dist-info"
     files = {name: path.read_bytes() for name, path in sorted(_modules().items())}
     files[f"{info}/METADATA"] = _metadata(__version__).encode()
-    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: edgeft\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: edgeft\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
     files[f"{info}/entry_points.txt"] = b"[console_scripts]\nedgeft = edgeft.cli:main\n"
     record = io.StringIO()
     rows = csv.writer(record, lineterminator="\n")
@@ -63,13 +65,19 @@ def _modules() -> dict[str, Path]:
     for folder in [root, *sorted(p for p in root.iterdir() if p.is_dir() and p.is_symlink())]:
         for path in folder.resolve().rglob("*"):
             inside = path.relative_to(folder.resolve())
-            if path.is_file() and not any(part in LEAVE_OUT or part.endswith(LEAVE_OUT) for part in inside.parts):
+            if path.is_file() and not any(
+                part in LEAVE_OUT or part.endswith(LEAVE_OUT) for part in inside.parts
+            ):
                 where = Path("edgeft", inside) if folder == root else Path("edgeft", folder.name, inside)
                 found[where.as_posix()] = path
     for name in ("compress", "bench", "router", "serve", "profiles", "tune", "tco", "deploy"):
         if f"edgeft/{name}/__init__.py" not in found:  # an editable install without links
             module = Path(str(importlib.import_module(f"edgeft.{name}").__file__)).parent
-            found |= {f"edgeft/{name}/{p.relative_to(module).as_posix()}": p for p in module.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+            found |= {
+                f"edgeft/{name}/{p.relative_to(module).as_posix()}": p
+                for p in module.rglob("*")
+                if p.is_file() and p.suffix != ".pyc"
+            }
     return found
 
 
@@ -83,8 +91,14 @@ def _metadata(version: str) -> str:
 
 def installed() -> str:
     """name==version of every distribution that runs here: what was measured is what is installed."""
-    found = {str(d.metadata["Name"]).lower().replace("_", "-"): d.version for d in distributions() if d.metadata["Name"]}
-    return "".join(f"{name}=={version.split('+')[0]}\n" for name, version in sorted(found.items()) if name != "edgeft")
+    found = {
+        str(d.metadata["Name"]).lower().replace("_", "-"): d.version
+        for d in distributions()
+        if d.metadata["Name"]
+    }
+    return "".join(
+        f"{name}=={version.split('+')[0]}\n" for name, version in sorted(found.items()) if name != "edgeft"
+    )
 
 
 def wheels(engines: set[str], arch: str, python: str) -> list[Path]:

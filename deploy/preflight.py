@@ -12,7 +12,11 @@ from edgeft.errors import UsageError
 from edgeft.profiles import Profile
 
 PROXY_BYTES = 150e6  # the proxy's own process: Python, starlette, numpy
-ENGINE_BYTES = {"gguf": 130e6, "onnx": 250e6, "transformers": 900e6}  # an engine's process without its weights
+ENGINE_BYTES = {
+    "gguf": 130e6,
+    "onnx": 250e6,
+    "transformers": 900e6,
+}  # an engine's process without its weights
 SCRATCH = 0.05  # of the weights: buffers of computation
 RAM_SHARE = 0.85  # what the system leaves where a profile names no budget
 ARM = ("raspberry-pi", "jetson", "dgx-spark")
@@ -61,13 +65,19 @@ def refuse_too_big(need: Mapping[str, Any], profile: Profile, context: int, slot
     """Raise UsageError where the profile can't hold it, saying what would."""
     room = budget_bytes(profile)
     if room is None:
-        raise UsageError(f"the profile '{profile.id}' says nothing of its memory.", "add ram_gb or memory_budget_gb to it")
+        raise UsageError(
+            f"the profile '{profile.id}' says nothing of its memory.", "add ram_gb or memory_budget_gb to it"
+        )
     if need["total"] > room:
         parts = [v for v in need.values() if isinstance(v, dict)]
         fixed = need["total"] - sum(p["cache"] for p in parts)
         cache = sum(p["cache"] for p in parts) / max(1, context)
         fits = int((room - fixed) / cache) if cache > 0 else 0
-        hint = f"--context {fits}" if fits >= 256 else "a smaller artefact: edgeft compress … --fit SIZE, or a larger box"
+        hint = (
+            f"--context {fits}"
+            if fits >= 256
+            else "a smaller artefact: edgeft compress … --fit SIZE, or a larger box"
+        )
         raise UsageError(
             f"it needs about {need['total'] / 1e9:.2f} GB at a context of {context} and {slots} at once, "
             f"and '{profile.id}' has {room / 1e9:.2f} GB for it.",
@@ -94,7 +104,9 @@ def faults(manifest: Mapping[str, Any], box: Mapping[str, Any]) -> list[str]:
         )
     missing = needs["disk_bytes"] - box["stored_bytes"]
     if box["disk_free_bytes"] < missing:
-        found.append(f"its disk has {box['disk_free_bytes'] / 1e9:.2f} GB free, and {missing / 1e9:.2f} GB are needed")
+        found.append(
+            f"its disk has {box['disk_free_bytes'] / 1e9:.2f} GB free, and {missing / 1e9:.2f} GB are needed"
+        )
     if box["python"] != needs["python"]:
         seen = f"its Python is {box['python']}" if box["python"] else "it has no python3 with venv"
         found.append(f"{seen}, and the wheels are for {needs['python']}")

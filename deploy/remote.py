@@ -22,6 +22,13 @@ CHUNK = 1 << 18
 OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=3", "ServerAliveCountMax=3")
 
 
+def source_size(source: Callable[[int], tuple[BinaryIO, int]]) -> int:
+    """Bytes of a file that `source` opens."""
+    file, size = source(0)
+    file.close()
+    return size
+
+
 class Broken(Exception):
     """The connection broke; what arrived is kept there."""
 
@@ -33,9 +40,12 @@ class Box:
         if host.startswith("-") or any(c.isspace() for c in host) or not host:
             raise UsageError(f"'{host}' is no host.", "edgeft deploy box.tar user@host")
         if any(c in prefix for c in "'\"\\\n$`"):
-            raise UsageError(f"--prefix {prefix!r} has a character that a shell reads.", "--prefix /opt/edgeft")
+            raise UsageError(
+                f"--prefix {prefix!r} has a character that a shell reads.", "--prefix /opt/edgeft"
+            )
         self.host, self.prefix = host, prefix
         self.sent_bytes = 0
+        self._parts: set[str] | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="edgeft-ssh-")
         self._ssh = ["ssh", *(["-F", str(config)] if config else []), *(w for o in OPTIONS for w in ("-o", o)),
                      "-o", f"ControlPath={self._scratch.name}/c", "-o", "ControlMaster=auto", "-o", "ControlPersist=60"]  # fmt: skip
@@ -66,7 +76,11 @@ class Box:
     def _run(self, command: str, given: bytes, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
         try:
             return subprocess.run(
-                [*self._ssh, "--", self.host, command], input=given, capture_output=True, check=False, timeout=timeout_s
+                [*self._ssh, "--", self.host, command],
+                input=given,
+                capture_output=True,
+                check=False,
+                timeout=timeout_s,
             )
         except FileNotFoundError:
             raise EnvironmentFault("there is no ssh on this machine.", "apt install openssh-client") from None
@@ -83,38 +97,57 @@ class Box:
             found[name] = int(found[name])
         return {**found, "stored": set(found["stored"].split()), "venvs": set(found["venvs"].split())}
 
-    def put(self, digest: str, source: Callable[[int], tuple[BinaryIO, int]], say: Callable[[int], None]) -> None:
+    def put(
+        self, digest: str, source: Callable[[int], tuple[BinaryIO, int]], say: Callable[[int], None]
+    ) -> None:
         """Send one file by its hash; what of it arrived before is not sent again. `source(offset)` opens it there; `say` is told
         the bytes of each piece. Raises EnvironmentFault where the disk is full, or the line breaks more often than TRIES."""
         for attempt in range(TRIES):
-            offset = int(self.ask("size", digest)) if attempt else self._offset(digest)
+            there = self.ask("size", digest).strip() if attempt or digest in self._left() else "0"
+            if there == "whole":  # it arrived, and only the word that it did was lost
+                return
+            offset = int(there)
             try:
-                return self._append(digest, source, offset, say)
+                self._append(digest, source, offset, say)
+                return
             except Broken as broke:
                 if attempt == TRIES - 1:
-                    raise EnvironmentFault(f"{self.host}: {broke}", "the same command goes on from what arrived") from None
+                    raise EnvironmentFault(
+                        f"{self.host}: {broke}", "the same command goes on from what arrived"
+                    ) from None
                 self._again()
 
-    def _offset(self, digest: str) -> int:
-        """Bytes left by an earlier deployment; asked once for all files."""
-        if not hasattr(self, "_parts"):
-            listed = self._run(f"cd {self._quoted()}/store && stat -c '%n %s' .*.part 2>/dev/null || true", b"", 60)
-            self._parts = {
-                name[1:-5]: int(size) for name, _, size in (line.partition(" ") for line in listed.stdout.decode().splitlines())
-            }
-        return self._parts.get(digest, 0)
+    def _left(self) -> set[str]:
+        """Hashes of files that an earlier deployment has sent in part; asked once."""
+        if self._parts is None:
+            listed = self._run(f"cd {self._quoted()}/store && ls .*.part 2>/dev/null || true", b"", 60)
+            self._parts = {name[1:-5] for name in listed.stdout.decode().split()}
+        return self._parts
 
     def _quoted(self) -> str:
         return self.prefix if self.prefix.startswith("~/") else shlex.quote(self.prefix)
 
-    def _append(self, digest: str, source: Callable[[int], tuple[BinaryIO, int]], offset: int, say: Callable[[int], None]) -> None:
+    def _append(
+        self,
+        digest: str,
+        source: Callable[[int], tuple[BinaryIO, int]],
+        offset: int,
+        say: Callable[[int], None],
+    ) -> None:
         part = f"{self._quoted()}/store/.{digest}.part"
         whole = f"{self._quoted()}/store/{digest}"
-        check = f"if [ \"$(sha256sum < {part})\" = '{digest}  -' ]; then mv {part} {whole}; else rm -f {part}; exit 9; fi"
+        size = source_size(source)
+        check = (
+            f"if [ \"$(sha256sum < {part})\" = '{digest}  -' ]; then mv {part} {whole}; "
+            f'elif [ "$(stat -c %s {part})" -ge {size} ]; then rm -f {part}; exit 9; else exit 10; fi'
+        )
         command = f"cat >> {part} || exit 8; {check}"
         file, left = source(offset)
         process = subprocess.Popen(
-            [*self._ssh, "--", self.host, command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*self._ssh, "--", self.host, command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         assert process.stdin and process.stderr
         with file:
@@ -130,9 +163,12 @@ class Box:
         said = process.stderr.read().decode(errors="replace").strip()
         code = process.wait()
         if code == 8:
-            raise EnvironmentFault(f"{self.host}: {said.splitlines()[-1] if said else 'writing failed'}", f"ssh {self.host} df -h {self.prefix}")
-        if code == 9:
-            raise Broken("a file arrived damaged")
+            raise EnvironmentFault(
+                f"{self.host}: {said.splitlines()[-1] if said else 'writing failed'}",
+                f"ssh {self.host} df -h {self.prefix}",
+            )
+        if code in (9, 10):
+            raise Broken("a file arrived damaged" if code == 9 else "the connection broke")
         if code:
             raise Broken(said.splitlines()[-1] if said else "the connection broke")
 

@@ -49,7 +49,9 @@ def _versions(kind: str, v: Values) -> tuple[list[Number], list[Number]]:
 
 def _due(month: int, every: Number) -> Number:
     """1 where a span of `every` months ends in this month, else 0."""
-    return (np.floor(month / np.asarray(every, float)) > np.floor((month - 1) / np.asarray(every, float))) * 1.0
+    return (
+        np.floor(month / np.asarray(every, float)) > np.floor((month - 1) / np.asarray(every, float))
+    ) * 1.0
 
 
 def left_over(kind: str, v: Values) -> Number:

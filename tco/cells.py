@@ -29,7 +29,12 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as plain JSON types; what is infinite becomes null, as the text says it in words."""
-        value = {**asdict(self), "rests_on": list(self.rests_on), "evidence": list(self.evidence), "tag": self.tag}
+        value = {
+            **asdict(self),
+            "rests_on": list(self.rests_on),
+            "evidence": list(self.evidence),
+            "tag": self.tag,
+        }
         value["value"] = _finite(self.value)
         value["range"] = [_finite(v) for v in self.range] if self.range else None
         return value

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -60,9 +59,7 @@ def api_split(v: Values) -> tuple[Number, Number]:
     tokens, cached, written = api_tokens_in(v), v["prompt_cached_share"], v["prompt_written_share"]
     fresh = tokens * np.maximum(0.0, 1 - cached - written)
     again = 1 + v["retry_share"]
-    prompt = formulas.api_usd_per_request(
-        fresh, tokens * cached, tokens * written, 0, usd_in, read, write, 0
-    )
+    prompt = formulas.api_usd_per_request(fresh, tokens * cached, tokens * written, 0, usd_in, read, write, 0)
     return again * prompt, again * formulas.api_usd_per_request(0, 0, 0, api_tokens_out(v), 0, 0, 0, usd_out)
 
 
@@ -281,4 +278,3 @@ def hourly_capacity(kind: str, v: Values) -> tuple[float, float]:
     of = v.part("local") if kind == ROUTED else v
     carried = rate_per_unit(of) * (1 - of["headroom"]) / v["peak_factor"] * SECONDS_PER_MONTH
     return carried, of["sites"] if "sites" in of.figures else 1.0
-

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgeft.errors import EnvironmentFault, UsageError
 
-LINE = re.compile(r'^(edgeft_\w+)(?:\{([^}]*)\})? ([0-9.eE+-]+|\+Inf|NaN)$')
+LINE = re.compile(r"^(edgeft_\w+)(?:\{([^}]*)\})? ([0-9.eE+-]+|\+Inf|NaN)$")
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 HINT = "curl -s http://127.0.0.1:8080/metrics > metrics.txt, from a proxy that has served real requests"
 Samples = list[tuple[str, dict[str, str], float]]
@@ -23,11 +23,15 @@ def read_counters(place: str) -> Samples:
         import httpx
 
         try:
-            answer = httpx.get(place if place.endswith("/metrics") else f"{place.rstrip('/')}/metrics", timeout=10)
+            answer = httpx.get(
+                place if place.endswith("/metrics") else f"{place.rstrip('/')}/metrics", timeout=10
+            )
             answer.raise_for_status()
             text = answer.text
         except httpx.HTTPError as error:
-            raise EnvironmentFault(f"{place} gives no counters: {error}.", "edgeft serve --policy policy/") from None
+            raise EnvironmentFault(
+                f"{place} gives no counters: {error}.", "edgeft serve --policy policy/"
+            ) from None
     else:
         path = Path(place)
         if not path.is_file():
@@ -48,12 +52,19 @@ def shares(samples: Samples, local_id: str | None) -> dict[str, Any]:
     `local_id` is the route that counts as local; None: every route whose id names no API. A share is None where nothing was
     counted. Hits of the cache are no requests to a candidate.
     """
-    looked = {k: sum(v for n, labels, v in samples if n == "edgeft_cache_total" and labels.get("result") == k) for k in ("hit", "miss")}
+    looked = {
+        k: sum(v for n, labels, v in samples if n == "edgeft_cache_total" and labels.get("result") == k)
+        for k in ("hit", "miss")
+    }
     routes: dict[str, float] = {}
     for name, labels, value in samples:
         if name == "edgeft_requests_total" and labels.get("status") == "200":
             routes[labels.get("route", "")] = routes.get(labels.get("route", ""), 0.0) + value
-    here = sum(v for r, v in routes.items() if (r == local_id if local_id else not r.startswith(("openai:", "litellm:"))))
+    here = sum(
+        v
+        for r, v in routes.items()
+        if (r == local_id if local_id else not r.startswith(("openai:", "litellm:")))
+    )
     served, asked = sum(routes.values()), sum(looked.values())
     return {
         "answer_cache_share": looked["hit"] / served if served else None,

@@ -77,9 +77,13 @@ def machine_of(column: str, m: Measured, report: BenchReport, box: Profile | Non
         found["request_s"] = figure(column, "request_s", seconds, ASSUMED, f"{text}; {m.run}", ends)
     if m.gain is not None:
         tag, text = (MEASURED, "") if box is None or here == box.id else (ASSUMED, f"as on {here}: ")
-        found["concurrency_gain"] = figure(column, "concurrency_gain", m.gain, tag, f"{text}{m.gain_text}; {m.run}")
+        found["concurrency_gain"] = figure(
+            column, "concurrency_gain", m.gain, tag, f"{text}{m.gain_text}; {m.run}"
+        )
     elif m.gain_text:
-        found["concurrency_gain"] = figure(column, "concurrency_gain", None, ASSUMED, f"{m.gain_text}; {m.run}")
+        found["concurrency_gain"] = figure(
+            column, "concurrency_gain", None, ASSUMED, f"{m.gain_text}; {m.run}"
+        )
     else:
         text = "one request at a time, a lower bound: the report has no concurrency sweep (edgeft bench --load 1,2,4,8)"
         found["concurrency_gain"] = figure(column, "concurrency_gain", 1.0, ASSUMED, text)
@@ -141,7 +145,9 @@ def price_of(column: str, price: Mapping[str, Any]) -> Figures:
     text = f"{price.get('source') or 'no source named'}, as of {price.get('as_of') or 'no date'}{notes}"
     names = ("usd_per_mtok_in", "usd_per_mtok_out", "usd_per_mtok_read", "usd_per_mtok_write",
              "long_context_tokens", "usd_per_mtok_in_long", "usd_per_mtok_out_long")  # fmt: skip
-    return {n: figure(column, n, float(price[n]), LIST_PRICE, text) for n in names if price.get(n) is not None}
+    return {
+        n: figure(column, n, float(price[n]), LIST_PRICE, text) for n in names if price.get(n) is not None
+    }
 
 
 def rival_of(column: str, m: Measured) -> Figures:
@@ -166,7 +172,9 @@ def policy_of(column: str, folder: Path) -> Figures:
     mean, ends = got["policy"]["mean"], got["policy"]["ci95"]
     return {
         "local_share": figure(column, "local_share", 1 - got["share_strong"], MEASURED, run),
-        "correct_share": figure(column, "correct_share", mean, MEASURED, f"mean score; {run}", from_ci95(mean, ends)),
+        "correct_share": figure(
+            column, "correct_share", mean, MEASURED, f"mean score; {run}", from_ci95(mean, ends)
+        ),
     }
 
 

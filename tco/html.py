@@ -16,7 +16,8 @@ from edgeft.tco.tabulate import Table
 OWN_STYLE = """
 .answer{font-size:1.05rem;border-left:4px solid #1f6fb4;padding:.2rem 0 .2rem .8rem;margin:.6rem 0}.answer p{margin:.15rem 0}
 .answer p:first-child{font-weight:600}body{max-width:1500px}td{vertical-align:top;white-space:normal;min-width:5.2rem}
-td small{color:#555;display:block}td a{text-decoration:none}a.m,i.m{color:#14532d}a.l,i.l{color:#1b4a80}a.a,i.a{color:#8a4b00}a.n,i.n{color:#8a1111}
+td small{color:#555;display:block}td a{text-decoration:none}
+a.m,i.m{color:#14532d}a.l,i.l{color:#1b4a80}a.a,i.a{color:#8a4b00}a.n,i.n{color:#8a1111}
 td a,li i{font-size:.72rem;font-style:normal;border:1px solid;border-radius:.2rem;padding:0 .22rem;display:inline-block;line-height:1.25}
 ul.evidence{columns:2;column-gap:2rem;font-size:.78rem}ul.evidence li{break-inside:avoid}li:has(:target){background:#fdf1d3}
 @media print{h1{font-size:11pt}body{font-size:6.5pt;line-height:1.3}.answer{font-size:7pt;margin:1mm 0}.answer p{margin:0}p{margin:.5mm 0}
@@ -25,10 +26,16 @@ td a{font-size:4.2pt;padding:0 .6pt;line-height:1.05}td small{font-size:4.3pt}
 figure{width:32%;margin:0 .4%}figure h2{font-size:7pt;margin:0}figcaption{font-size:5pt;line-height:1.2}h2{font-size:8pt;margin:1.5mm 0 .5mm}
 figure svg{max-height:50mm}.plots{margin:0;white-space:nowrap}figcaption{white-space:normal}.key{font-size:5.5pt;margin:0}
 .second{break-before:page}ul{font-size:5.8pt;margin:.5mm 0}
-ul.evidence{columns:4;font-size:4.3pt;line-height:1.17;column-gap:3mm;padding-left:2.5mm}li i{font-size:3.9pt;padding:0 .8pt}p.tags{font-size:5pt}}
+ul.evidence{columns:4;font-size:4.3pt;line-height:1.17;column-gap:3mm;padding-left:2.5mm}
+li i{font-size:3.9pt;padding:0 .8pt}p.tags{font-size:5pt}}
 @page{size:A4 landscape;margin:8mm}
 """
-MARKS = {"measured": ("m", "measured"), "list price": ("l", "list"), "assumed": ("a", "assumed"), "not known": ("n", "missing")}
+MARKS = {
+    "measured": ("m", "measured"),
+    "list price": ("l", "list"),
+    "assumed": ("a", "assumed"),
+    "not known": ("n", "missing"),
+}
 
 
 def page(table: Table) -> str:
@@ -37,7 +44,9 @@ def page(table: Table) -> str:
     absent = "".join(f"<p>{escape(p.title)}: {escape(p.caption)}</p>" for p in drawn if p.svg is None)
     sentences = "".join(f"<p>{escape(s)}</p>" for s in table.verdict)
     about = f"<p>{escape(table.scenario.about)}</p>" if table.scenario.about else ""
-    key = "".join(f'<span><i style="background:{ink}"></i>{escape(name)}</span>' for name, ink in key_of(table))
+    key = "".join(
+        f'<span><i style="background:{ink}"></i>{escape(name)}</span>' for name, ink in key_of(table)
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>edgeft tco</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}{OWN_STYLE}</style></head><body>'
@@ -58,7 +67,9 @@ def _table(table: Table) -> str:
         if any(key in row for row in table.cells.values()):
             cells = "".join(f"<td>{_cell(name, key, row.get(key))}</td>" for name, row in table.cells.items())
             body += f"<tr><td>{escape(title)}</td>{cells}</tr>"
-    odds = "".join(f"<td>{f'{table.cheaper[n]:.0%}' if n in table.cheaper else '–'}</td>" for n in table.cells)
+    odds = "".join(
+        f"<td>{f'{table.cheaper[n]:.0%}' if n in table.cheaper else '–'}</td>" for n in table.cells
+    )
     body += f"<tr><td>draws in which it is cheaper than every API that answers in time</td>{odds}</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -90,7 +101,8 @@ def _figure(plot: Plot) -> str:
 
 def _must(table: Table) -> str:
     return "".join(
-        f"<li>{escape(table.scenario.columns[n].title)}: {escape(text)}</li>" for n, text in table.must.items()
+        f"<li>{escape(table.scenario.columns[n].title)}: {escape(text)}</li>"
+        for n, text in table.must.items()
     )
 
 

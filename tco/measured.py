@@ -85,7 +85,9 @@ def concurrency_gain(load: dict[str, Any] | None) -> tuple[float | None, str]:
         return None, f"no level of its load test held the limits ({limits})"
     best = max(held, key=lambda level: level["requests_per_s"])
     at = f"{best['clients']} clients" if "clients" in best else f"arrivals of {best['asked_per_s']:.2f}/s"
-    return best["requests_per_s"] / alone, f"{best['requests_per_s']:.2f} requests/s at {at}, {alone:.2f} alone; {limits}"
+    return best[
+        "requests_per_s"
+    ] / alone, f"{best['requests_per_s']:.2f} requests/s at {at}, {alone:.2f} alone; {limits}"
 
 
 def _mean(total: float | None, count: int) -> float | None:

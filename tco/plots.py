@@ -59,11 +59,17 @@ def cumulative(table: Table) -> Plot:
         axes.plot(months, mid, color=COLOURS[kind], lw=1.6, ls=dash.get(kind, "-"), alpha=fade)
     axes.set(xlabel="month", xlim=(0, float(table.months)), ylim=(0, None))
     axes.yaxis.set_major_formatter(lambda v, _: usd(v).removesuffix(".00"))
-    ends = [(float(table.months) * (0.55 + 0.06 * i), _on(table, n, 0.55 + 0.06 * i)) for i, n in enumerate(names)]
+    ends = [
+        (float(table.months) * (0.55 + 0.06 * i), _on(table, n, 0.55 + 0.06 * i)) for i, n in enumerate(names)
+    ]
     names_beside(made, axes, ends, [table.scenario.columns[n].title for n in names])
     left = len(table.bands) - len(names)
     more = f" {left} columns are left out." if left else ""
-    return Plot(title, f"Lines: median of {table.draws:,} draws; bands: P10 to P90. Assumed and listed figures alike.{more}", svg(made))
+    return Plot(
+        title,
+        f"Lines: median of {table.draws:,} draws; bands: P10 to P90. Assumed and listed figures alike.{more}",
+        svg(made),
+    )
 
 
 def _on(table: Table, name: str, share: float) -> float:
@@ -74,7 +80,9 @@ def _on(table: Table, name: str, share: float) -> float:
 def tornado(table: Table) -> Plot:
     """What each figure alone does to the gain of the local column."""
     if not table.tornado:
-        return Plot("What moves the answer", "No figure with a range decides between two known columns.", None)
+        return Plot(
+            "What moves the answer", "No figure with a range decides between two known columns.", None
+        )
     mine, other = (table.scenario.columns[n].title for n in (table.local, table.rival) if n)
     bars = table.tornado
     made, (axes,) = named_rows(
@@ -128,7 +136,11 @@ def quality(table: Table) -> Plot:
     high = [100 * c.range[1] if c.range else y for (_, y), (_, c) in zip(points, kinds, strict=True)]
     axes.set_ylim(max(0.0, min(low) - 8), min(104.0, max(high) + 8))
     names_beside(made, axes, points, names)
-    return Plot(title, "Full dots: quality measured; hollow: assumed. Lines: P10 to P90 of the share. Up and left is better.", svg(made))
+    return Plot(
+        title,
+        "Full dots: quality measured; hollow: assumed. Lines: P10 to P90 of the share. Up and left is better.",
+        svg(made),
+    )
 
 
 def key_of(table: Table) -> list[tuple[str, Any]]:

@@ -50,8 +50,8 @@ def list_price(
     """{usd_per_mtok_in, …_out, …_read, …_write, long_context_tokens, …_in_long, …_out_long, source, as_of, notes} of a model.
 
     USD per million tokens; a key of long context is absent where the table has none. What is read from or written to a prompt
-    cache costs the plain price where the table names no other. Raises UsageError where the model is not in the table, is not priced by the token, has
-    no batch price where one is asked for, or was withdrawn before `today`.
+    cache costs the plain price where the table names no other. Raises UsageError where the model is not in the table, is not
+    priced by the token, has no batch price where one is asked for, or was withdrawn before `today`.
     """
     name = model.removeprefix("litellm:")
     entry = table.get(name)
@@ -66,7 +66,9 @@ def list_price(
     found = {ours: _per_million(entry, theirs + end) for ours, theirs in FIELDS.items()}
     if found["usd_per_mtok_in"] is None or found["usd_per_mtok_out"] is None:
         what = "batch price" if batch else "price per token"
-        raise UsageError(f"litellm's price table has no {what} for '{name}'.", f"edgeft tco --api {SMALL} ...")
+        raise UsageError(
+            f"litellm's price table has no {what} for '{name}'.", f"edgeft tco --api {SMALL} ..."
+        )
     notes = []
     if found["usd_per_mtok_read"] is None:
         notes.append("no price for cached prompts, so the plain one")

@@ -54,7 +54,11 @@ def shown(cell: Cell | None) -> str:
         return "–"
     if cell.tag == "not known":
         return cell.text
-    ends = f"\n({usd(cell.range[0])} to {usd(cell.range[1])})" if cell.range and cell.text.startswith(("$", "-$")) else ""
+    ends = (
+        f"\n({usd(cell.range[0])} to {usd(cell.range[1])})"
+        if cell.range and cell.text.startswith(("$", "-$"))
+        else ""
+    )
     return f"{cell.text}{ends}\n[{cell.tag}]"
 
 
@@ -79,7 +83,10 @@ def terminal(table: Table) -> str:
     lines = ["What must be true for each to win"]
     lines += [f"  {table.scenario.columns[n].title}: {text}" for n, text in table.must.items()]
     if table.tornado:
-        lines += ["", f"What moves the gain of {_title(table, table.local)} over {_title(table, table.rival)} most (P10 and P90 of each)"]
+        lines += [
+            "",
+            f"What moves the gain of {_title(table, table.local)} over {_title(table, table.rival)} most (P10 and P90 of each)",
+        ]
         lines += [
             f"  {b['id']} {plain(b['low'])} to {plain(b['high'])}: {usd(b['gain_low'])} to {usd(b['gain_high'])}"
             for b in table.tornado
@@ -105,8 +112,15 @@ def markdown(table: Table) -> str:
     lines += ["", "## What must be true for each to win", ""]
     lines += [f"- {_safe(table.scenario.columns[n].title)}: {_safe(text)}" for n, text in table.must.items()]
     if table.tornado:
-        lines += ["", f"## What moves the gain of {_safe(_title(table, table.local))} over {_safe(_title(table, table.rival))}", ""]
-        lines += [_line(["figure", "P10", "P90", "gain at P10", "gain at P90"]), _line(["---", *["---:"] * 4])]
+        lines += [
+            "",
+            f"## What moves the gain of {_safe(_title(table, table.local))} over {_safe(_title(table, table.rival))}",
+            "",
+        ]
+        lines += [
+            _line(["figure", "P10", "P90", "gain at P10", "gain at P90"]),
+            _line(["---", *["---:"] * 4]),
+        ]
         lines += [
             _line([b["id"], plain(b["low"]), plain(b["high"]), usd(b["gain_low"]), usd(b["gain_high"])])
             for b in table.tornado
@@ -135,10 +149,11 @@ def to_csv(table: Table) -> str:
             if cell := row.get(key):
                 d = cell.to_dict()
                 low, high = d["range"] or ("", "")
+                words = " ".join(word.replace(" ", "-") for word in cell.rests_on)
+                value = "" if d["value"] is None else d["value"]
                 writer.writerow(
-                    [name, key, "" if d["value"] is None else d["value"], low, high, cell.tag, " ".join(cell.rests_on).replace("list price", "list-price"),
-                     " ".join(cell.evidence), cell.text]
-                )  # fmt: skip
+                    [name, key, value, low, high, cell.tag, words, " ".join(cell.evidence), cell.text]
+                )
     return out.getvalue()
 
 

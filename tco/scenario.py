@@ -56,7 +56,9 @@ class Scenario:
 
 
 def read_scenario(
-    path: Path, changed: Mapping[str, float] | None = None, report: tuple[Path | None, str | None] = (None, None)
+    path: Path,
+    changed: Mapping[str, float] | None = None,
+    report: tuple[Path | None, str | None] = (None, None),
 ) -> Scenario:
     """Read a file. `report` (folder, artefact) takes the place of the file's own. Raises UsageError that names the file, the key
     and what is allowed."""
@@ -80,7 +82,9 @@ def build(value: Any, where: str, folder: Path, changed: Mapping[str, float]) ->
     """A scenario from parsed YAML; `changed` (NAME or COLUMN.NAME) wins over everything. Raises UsageError."""
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         seen = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise UsageError(f"{where} is no scenario: its schema is {seen!r}, not '{SCHEMA}'.", "edgeft tco init")
+        raise UsageError(
+            f"{where} is no scenario: its schema is {seen!r}, not '{SCHEMA}'.", "edgeft tco init"
+        )
     _known(value, TOP, "the key", where)
     columns = value.get("columns")
     if not isinstance(columns, dict) or not columns:
@@ -125,7 +129,9 @@ class Reader:
         if name in self.done:
             return self.done[name]
         if not isinstance(spec, dict):
-            raise UsageError(f"the column '{name}' in {self.where} is no map of keys.", "edgeft tco init shows one")
+            raise UsageError(
+                f"the column '{name}' in {self.where} is no map of keys.", "edgeft tco init shows one"
+            )
         _known(spec, COLUMN, f"columns.{name}: the key", self.where)
         base = self._named(name, spec, "like", every) if spec.get("like") else None
         if base and spec.get("batch"):
@@ -148,7 +154,9 @@ class Reader:
                 parts[part] = other.id
         like = dict(base.figures) if base else {}
         if base and spec.get("batch"):
-            like = {k: f for k, f in like.items() if not k.startswith(("usd_per_mtok", "long_context", "ttft"))}
+            like = {
+                k: f for k, f in like.items() if not k.startswith(("usd_per_mtok", "long_context", "ttft"))
+            }
         resolved = {n: self._resolve(name, n, figures, {**like, **found}) for n in inputs_of(kind)}
         title = str(spec.get("title") or name)
         quality_of = quality_of or (base.quality_of if base else None)
@@ -159,9 +167,17 @@ class Reader:
     def _named(self, name: str, spec: Mapping[str, Any], key: str, every: Mapping[str, Any]) -> Column:
         wanted = spec.get(key)
         if wanted not in every or wanted == name:
-            raise unknown(f"columns.{name}.{key}: the column", str(wanted), [k for k in every if k != name], f"edit {self.where}")
+            raise unknown(
+                f"columns.{name}.{key}: the column",
+                str(wanted),
+                [k for k in every if k != name],
+                f"edit {self.where}",
+            )
         if wanted not in self.done and list(every).index(wanted) > list(every).index(name):
-            raise UsageError(f"columns.{name} in {self.where} names '{wanted}', which stands below it.", "put it below that one")
+            raise UsageError(
+                f"columns.{name} in {self.where} names '{wanted}', which stands below it.",
+                "put it below that one",
+            )
         return self.column(str(wanted), every[wanted], every)
 
     def _resolve(self, column: str, name: str, own: Mapping[str, Any], found: Mapping[str, Figure]) -> Figure:
@@ -189,13 +205,22 @@ class Reader:
         """A figure as a scenario writes it: a number, or a map of value, range and what it rests on."""
         i, where = INPUTS[name], f"'{key}'"
         if not isinstance(value, dict):
-            return Figure(key, _number(value, where, self.where, i), None, ASSUMED, "the scenario, without a range", i.bounds)
+            return Figure(
+                key,
+                _number(value, where, self.where, i),
+                None,
+                ASSUMED,
+                "the scenario, without a range",
+                i.bounds,
+            )
         _known(value, FIGURE, f"{key}: the key", self.where)
         number, ends = _number(value.get("value"), where, self.where, i), None
         if value.get("range") is not None:
             pair = value["range"]
             if not isinstance(pair, list) or len(pair) != 2:
-                raise UsageError(f"the range of {where} in {self.where} is {pair!r}, not [P10, P90].", "range: [80, 120]")
+                raise UsageError(
+                    f"the range of {where} in {self.where} is {pair!r}, not [P10, P90].", "range: [80, 120]"
+                )
             ends = tuple(_number(end, f"the range of {where}", self.where, i, whole=False) for end in pair)
             if not ends[0] <= number <= ends[1]:
                 raise UsageError(
@@ -206,7 +231,9 @@ class Reader:
             return Figure(key, number, ends, MEASURED, f"{value['measured']}, as the scenario says", i.bounds)
         if value.get("source"):
             return self._priced(key, number, ends, value, i.bounds)
-        return Figure(key, number, ends, ASSUMED, str(value.get("why") or "the scenario, without a reason"), i.bounds)
+        return Figure(
+            key, number, ends, ASSUMED, str(value.get("why") or "the scenario, without a reason"), i.bounds
+        )
 
     def _priced(self, key: str, number: float, ends: Any, value: Mapping[str, Any], bounds: Any) -> Figure:
         """A list price: it needs its date, and has none left when that is too long ago."""
@@ -214,13 +241,17 @@ class Reader:
         if as_of is None:
             raise UsageError(f"'{key}' in {self.where} has a source and no date.", "as_of: 2026-11-25")
         if not isinstance(as_of, date):
-            raise UsageError(f"'as_of' of '{key}' in {self.where} is {as_of!r}, not a date.", "as_of: 2026-11-25")
+            raise UsageError(
+                f"'as_of' of '{key}' in {self.where} is {as_of!r}, not a date.", "as_of: 2026-11-25"
+            )
         text = f"{value['source']}, as of {as_of}"
         if (self.today - as_of).days > PRICE_DAYS:
             return Figure(key, None, None, LIST_PRICE, f"{key} has expired: {text}", bounds)
         return Figure(key, number, ends, LIST_PRICE, text, bounds)
 
-    def _evidence(self, name: str, kind: str, spec: Mapping[str, Any]) -> tuple[dict[str, Figure], str | None]:
+    def _evidence(
+        self, name: str, kind: str, spec: Mapping[str, Any]
+    ) -> tuple[dict[str, Figure], str | None]:
         """(figures that were measured or published, what its quality was measured on)."""
         found: dict[str, Figure] = {}
         quality_of = None
@@ -250,7 +281,9 @@ class Reader:
                 found |= evidence.policy_of(name, self.folder / spec["policy"])
             if place := spec.get("counters"):
                 web = str(place).startswith(("http://", "https://"))
-                found |= evidence.counters_of(name, str(place) if web else str(self.folder / place), spec.get("artifact"))
+                found |= evidence.counters_of(
+                    name, str(place) if web else str(self.folder / place), spec.get("artifact")
+                )
         return {k: f for k, f in found.items() if k in inputs_of(kind)}, quality_of
 
     def _model(self, name: str, spec: Mapping[str, Any], there: Measured | None) -> dict[str, Figure]:
@@ -259,7 +292,9 @@ class Reader:
         batch = bool(spec.get("batch"))
         if there and there.price and not batch:
             return evidence.price_of(name, there.price)
-        return evidence.price_of(name, list_price(spec["model"], *price_table(), batch=batch, today=self.today))
+        return evidence.price_of(
+            name, list_price(spec["model"], *price_table(), batch=batch, today=self.today)
+        )
 
     def _report(self, place: str) -> Any:
         from edgeft.types import BenchReport
@@ -276,7 +311,11 @@ class Reader:
             for pair in report.pairs:
                 a, b, (low, high) = pair["a"], pair["b"], pair["points_ci95"]
                 found[f"{place}#{b}|{place}#{a}"] = pair
-                found[f"{place}#{a}|{place}#{b}"] = {**pair, "points": -pair["points"], "points_ci95": [-high, -low]}
+                found[f"{place}#{a}|{place}#{b}"] = {
+                    **pair,
+                    "points": -pair["points"],
+                    "points_ci95": [-high, -low],
+                }
         return found
 
     def all_used(self, columns: Mapping[str, Column], shared: Mapping[str, Figure]) -> None:
@@ -291,7 +330,9 @@ class Reader:
         known = {*INPUTS, *(f"{c.id}.{n}" for c in columns.values() for n in c.figures)}
         for name in self.changed:
             if name not in known:
-                raise unknown("the figure", name, known, "edgeft tco SCENARIO.yaml --set requests_per_month=500000")
+                raise unknown(
+                    "the figure", name, known, "edgeft tco SCENARIO.yaml --set requests_per_month=500000"
+                )
 
 
 def _known(value: Mapping[Any, Any], known: tuple[str, ...], kind: str, where: str) -> None:
@@ -303,9 +344,17 @@ def _known(value: Mapping[Any, Any], known: tuple[str, ...], kind: str, where: s
 def _number(value: Any, what: str, where: str, i: Any, whole: bool = True) -> float:
     """A number within the input's bounds."""
     low, high = i.bounds
-    good = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value) and abs(value) != math.inf
+    good = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and not math.isnan(value)
+        and abs(value) != math.inf
+    )
     if not good or not low <= value <= high or (whole and i.whole and value != int(value)):
         need = "a whole number" if i.whole else "a number"
         span = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-        raise UsageError(f"{what} in {where} is {value!r}, and {need} {span} is needed.", f"{i.about}: change it to such a number")
+        raise UsageError(
+            f"{what} in {where} is {value!r}, and {need} {span} is needed.",
+            f"{i.about}: change it to such a number",
+        )
     return float(value)

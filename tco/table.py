@@ -92,7 +92,9 @@ class Builder:
 
 
 def _is_nothing(figure: Figure) -> bool:
-    return figure.text == "assumed by default" and figure.range is None and figure.value in (0, 1, float("inf"))
+    return (
+        figure.text == "assumed by default" and figure.range is None and figure.value in (0, 1, float("inf"))
+    )
 
 
 def cells_of(world: World, column: Column) -> dict[str, Cell]:
@@ -105,7 +107,11 @@ def cells_of(world: World, column: Column) -> dict[str, Cell]:
     b.cell("total_usd", columns.monthly, usd)
     b.cell("usd_per_mtok_in", lambda kind, v: _per_mtok(columns.split(kind, v)[0], v, "tokens_in"), usd)
     b.cell("usd_per_mtok_out", lambda kind, v: _per_mtok(columns.split(kind, v)[1], v, "tokens_out"), usd)
-    b.cell("usd_per_1k_requests", lambda kind, v: _per_1k(columns.monthly(kind, v), v["requests_per_month"]), _or_none)
+    b.cell(
+        "usd_per_1k_requests",
+        lambda kind, v: _per_1k(columns.monthly(kind, v), v["requests_per_month"]),
+        _or_none,
+    )
     b.cell("usd_per_1k_solved", _solved, _or_none)
     b.cell("wrong_usd", lambda kind, v: _wrong(v), usd)
     b.cell("total_wrong_usd", lambda kind, v: columns.monthly(kind, v) + _wrong(v), usd)
@@ -182,7 +188,9 @@ def sides(scenario: Scenario, cells: Mapping[str, Mapping[str, Cell]]) -> tuple[
     return local, scenario.rival or cheapest(waiting)
 
 
-def quality_change(column: Column, rival: Column, cells: Mapping[str, Mapping[str, Cell]], pairs: Mapping[str, Any]) -> Cell:
+def quality_change(
+    column: Column, rival: Column, cells: Mapping[str, Mapping[str, Cell]], pairs: Mapping[str, Any]
+) -> Cell:
     """Points of correctness against the rival: paired by rows where a report has both, else two intervals added in squares."""
     mine, other = cells[column.id]["correct_share"], cells[rival.id]["correct_share"]
     for cell in (mine, other):
@@ -200,7 +208,9 @@ def quality_change(column: Column, rival: Column, cells: Mapping[str, Mapping[st
     if all(ends):
         low = change - 100 * np.hypot(mine.value - ends[0][0], ends[1][1] - other.value)  # type: ignore[index,operator]
         high = change + 100 * np.hypot(ends[0][1] - mine.value, other.value - ends[1][0])  # type: ignore[index,operator]
-        return Cell(change, f"{change:+.1f} ({low:+.1f} to {high:+.1f})", words, evidence, (float(low), float(high)))
+        return Cell(
+            change, f"{change:+.1f} ({low:+.1f} to {high:+.1f})", words, evidence, (float(low), float(high))
+        )
     return Cell(change, f"{change:+.1f}, no interval", words, evidence)
 
 

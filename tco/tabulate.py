@@ -26,7 +26,9 @@ class Table:
     rival: str | None
     verdict: list[str]
     must: dict[str, str]  # column -> what must be true for it to win
-    cheaper: dict[str, float]  # column -> share of draws in which it is cheaper than every API that answers in time
+    cheaper: dict[
+        str, float
+    ]  # column -> share of draws in which it is cheaper than every API that answers in time
     bands: dict[str, list[list[float]]]  # column -> P10, P50, P90 of cumulative cost by month
     tornado: list[dict[str, Any]]
     evidence: dict[str, Figure]  # the figures that cells rest on, by id
@@ -52,7 +54,9 @@ def tabulate(scenario: Scenario, draws: int = uncertainty.DRAWS, seed: int = unc
         if name in drawn:
             low, high = np.percentile(-drawn[name].npc, [10, 90])
             found = row["npv_usd"]
-            row["npv_usd"] = Cell(found.value, found.text, found.rests_on, found.evidence, (float(low), float(high)))
+            row["npv_usd"] = Cell(
+                found.value, found.text, found.rests_on, found.evidence, (float(low), float(high))
+            )
         if rival is None or name == rival:
             continue
         row["quality_change"] = quality_change(column, scenario.columns[rival], cells, scenario.pairs)
@@ -73,7 +77,9 @@ def tabulate(scenario: Scenario, draws: int = uncertainty.DRAWS, seed: int = unc
     )  # fmt: skip
 
 
-def _break_even(world: Any, scenario: Scenario, name: str, rival: str, cells: Any, drawn: Any) -> dict[str, Cell]:
+def _break_even(
+    world: Any, scenario: Scenario, name: str, rival: str, cells: Any, drawn: Any
+) -> dict[str, Cell]:
     """The month and the volume at which a column has caught up with the rival."""
     column, other = scenario.columns[name], scenario.columns[rival]
     mine, theirs = cells[name]["total_usd"], cells[rival]["total_usd"]

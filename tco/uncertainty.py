@@ -95,7 +95,13 @@ def tornado(scenario: Scenario, local: str, rival: str) -> list[dict[str, Any]]:
         if key in read and figure.range and figure.range[0] < figure.range[1]:
             low, high = figure.range
             bars.append(
-                {"id": key, "low": low, "high": high, "gain_low": gain({key: low}), "gain_high": gain({key: high})}
+                {
+                    "id": key,
+                    "low": low,
+                    "high": high,
+                    "gain_low": gain({key: low}),
+                    "gain_high": gain({key: high}),
+                }
             )
     bars.sort(key=lambda b: (-abs(b["gain_high"] - b["gain_low"]), b["id"]))
     return [bar for bar in bars[:BARS] if bar["gain_low"] != bar["gain_high"]]
@@ -106,7 +112,10 @@ def needed_price_factor(world: World, column: Column, rival: Column) -> float | 
 
     Prices of the rival count in a routed column as well, for what it leaves to that very API. None where no factor does.
     """
-    free = World(world.scenario, {**world.numbers, **{k: 0.0 for k in world.numbers if _is_price_of(rival.id, k, world.scenario)}})
+    free = World(
+        world.scenario,
+        {**world.numbers, **{k: 0.0 for k in world.numbers if _is_price_of(rival.id, k, world.scenario)}},
+    )
     try:
         with_prices = [_npc(world, c) for c in (column, rival)]
         without = [_npc(free, c) for c in (column, rival)]
@@ -124,7 +133,14 @@ def _npc(world: World, column: Column) -> float:
 
 
 def _is_price_of(column: str, key: str, scenario: Scenario) -> bool:
-    prices = ("usd_per_mtok_in", "usd_per_mtok_read", "usd_per_mtok_write", "usd_per_mtok_out", "usd_per_mtok_in_long", "usd_per_mtok_out_long")
+    prices = (
+        "usd_per_mtok_in",
+        "usd_per_mtok_read",
+        "usd_per_mtok_write",
+        "usd_per_mtok_out",
+        "usd_per_mtok_in_long",
+        "usd_per_mtok_out_long",
+    )
     own = {scenario.columns[column].figures[p].id for p in prices if p in scenario.columns[column].figures}
     return key in own
 

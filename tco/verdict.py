@@ -21,7 +21,10 @@ def verdict(
     titles = {name: c.title for name, c in scenario.columns.items()}
     months = int(scenario.figures["months"].value or 0)
     if local is None or rival is None:
-        return [_why_none(scenario, cells, "own" if local is None else "API"), *_batch(scenario, cells, local)]
+        return [
+            _why_none(scenario, cells, "own" if local is None else "API"),
+            *_batch(scenario, cells, local),
+        ]
     mine, other = cells[local]["npv_usd"], cells[rival]["npv_usd"]
     for name, cell in ((local, mine), (rival, other)):
         if missing_cell(cell):
@@ -30,7 +33,11 @@ def verdict(
     chance = cheaper.get(local)
     odds = "" if chance is None else f" It is cheaper than every API here in {chance:.0%} of the draws."
     month = cells[local].get("break_even_month")
-    paid = f" Paid off, month P10/P50/P90: {month.text}." if month is not None and month.value is not None else ""
+    paid = (
+        f" Paid off, month P10/P50/P90: {month.text}."
+        if month is not None and month.value is not None
+        else ""
+    )
     lines = []
     if there <= here:
         lines.append(
@@ -49,7 +56,9 @@ def verdict(
     lines += _batch(scenario, cells, local)
     weak = cells[local]["npv_usd"].tag
     if weak == "assumed":
-        lines.append("These sums rest on assumed figures; each stands in the list of evidence with its range.")
+        lines.append(
+            "These sums rest on assumed figures; each stands in the list of evidence with its range."
+        )
     lines.append(_quality(scenario, cells, local, rival))
     return lines + _with_wrong_answers(scenario, cells)
 
@@ -78,7 +87,9 @@ def _batch(scenario: Scenario, cells: Cells, local: str | None) -> list[str]:
     best = max(waits, key=lambda c: cells[c.id]["npv_usd"].value or 0.0)
     cost, here = -(cells[best.id]["npv_usd"].value or 0.0), -(cells[local]["npv_usd"].value or 0.0)
     word = "cheaper" if cost < here else "dearer"
-    return [f"Where the work can wait a day, {best.title} costs {usd(cost)}: {word} than {scenario.columns[local].title}."]
+    return [
+        f"Where the work can wait a day, {best.title} costs {usd(cost)}: {word} than {scenario.columns[local].title}."
+    ]
 
 
 def _with_wrong_answers(scenario: Scenario, cells: Cells) -> list[str]:
@@ -136,9 +147,13 @@ def _for(world: Any, cells: Cells, column: Any, rival: Any) -> str:
     if requests is None:
         parts.append("no volume alone does it")
     elif ahead:
-        parts.append(f"volume stays above {requests:,.0f} requests a month ({requests / asked:.0%} of what is asked)")
+        parts.append(
+            f"volume stays above {requests:,.0f} requests a month ({requests / asked:.0%} of what is asked)"
+        )
     elif requests > asked:
-        parts.append(f"volume of {requests:,.0f} requests a month ({requests / asked:,.1f} times what is asked)")
+        parts.append(
+            f"volume of {requests:,.0f} requests a month ({requests / asked:,.1f} times what is asked)"
+        )
     return (" and " if ahead else "; or ").join(parts)
 
 

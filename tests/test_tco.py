@@ -92,7 +92,11 @@ def cents(cell):
 
 def scenario(columns, changed=None, **figures):
     """A scenario from Python, its figures plain numbers unless maps."""
-    value = {"schema": "edgeft/scenario@1", "name": "by hand", "date": __import__("datetime").date(2026, 11, 25)}
+    value = {
+        "schema": "edgeft/scenario@1",
+        "name": "by hand",
+        "date": __import__("datetime").date(2026, 11, 25),
+    }
     return build({**value, "figures": figures, "columns": columns}, "the test", Path(), changed or {})
 
 
@@ -107,7 +111,9 @@ def test_a_month_worked_by_hand(tmp_path):
     API 1.8e6 * 1.02 * (300*2 + 20*8)/1e6 = 1,395.36.
     Break-even: 8400 + m*(42 + 17.52 + 7) < m*1395.36 -> m > 6.32 -> month 7.
     """
-    table = from_file(tmp_path, entry(), entry("litellm:rival", "api", api(), share=0.9), changed=HAND, apis=("rival",))
+    table = from_file(
+        tmp_path, entry(), entry("litellm:rival", "api", api(), share=0.9), changed=HAND, apis=("rival",)
+    )
     own, rival = table.cells["own"], table.cells["rival"]
     assert own["units"].value == 7
     assert own["capacity_used"].value == pytest.approx(1 / 7)
@@ -173,9 +179,17 @@ def test_every_kind_of_column_worked_by_hand():
     """
     table = tabulate(sheet(), draws=100)
     api, long, fleet, cloud, routed = (table.cells[n] for n in ("api", "long", "fleet", "cloud", "routed"))
-    assert (cents(api["variable_usd"]), cents(api["total_usd"]), cents(api["wrong_usd"])) == (1869.21, 1921.21, 6000.00)
+    assert (cents(api["variable_usd"]), cents(api["total_usd"]), cents(api["wrong_usd"])) == (
+        1869.21,
+        1921.21,
+        6000.00,
+    )
     assert cents(long["total_usd"]) == 1142.00
-    assert (fleet["units"].value, cents(fleet["upfront_usd"]), cents(fleet["total_usd"])) == (53, 18260.00, 1785.41)
+    assert (fleet["units"].value, cents(fleet["upfront_usd"]), cents(fleet["total_usd"])) == (
+        53,
+        18260.00,
+        1785.41,
+    )
     assert fleet["kwh"].value == pytest.approx(53 * 4 / 1000 * 730 + 333.3333333 * 8 / 1000)
     assert (cloud["units"].value, cents(cloud["total_usd"])) == (2, 805.00)
     assert (routed["units"].value, cents(routed["total_usd"])) == (53, 2273.13)
@@ -201,11 +215,14 @@ def test_payments_and_npv_worked_by_hand():
     by_hand = sum(row * 1.08 ** (-m / 12) for m, row in enumerate(rows)) - left * 1.08**-3
     assert npc == pytest.approx(by_hand, abs=0.005)
     api = cashflow.payments("api", world.values(found.columns["api"]))
-    assert api.tolist() == pytest.approx([0.0, *(52 + 1869.21 * 0.8 ** ((m - 1) / 12) for m in range(1, 37))], abs=1e-4)
+    assert api.tolist() == pytest.approx(
+        [0.0, *(52 + 1869.21 * 0.8 ** ((m - 1) / 12) for m in range(1, 37))], abs=1e-4
+    )
 
 
 def test_break_even_volume_is_where_the_sums_cross():
     """Against a search over volumes, with the units that each needs."""
+
     def build_at(requests):
         return scenario(
             {"api": {"kind": "api", "figures": {"usd_per_mtok_in": 2, "usd_per_mtok_out": 8, "tokenizer_factor": 1, "verbosity_factor": 1}},
@@ -232,8 +249,12 @@ def test_formulas_at_their_edges():
     assert formulas.per_thousand(5, 0) == np.inf
     assert formulas.break_even_volume(100, 50, 1000, 0.04) is None  # a unit costs more than it can ever save
     assert formulas.break_even_volume(100, 50, 1000, 0.2) == 750  # one unit: 150 / 0.2, which it can carry
-    assert formulas.break_even_volume(1000, 50, 1000, 0.2) == 6750  # seven: 1,350 / 0.2, of 7,000; six would carry 6,000 of 6,500
-    assert cashflow.break_even_month(np.array([100.0, *[0] * 36]), np.array([0.0, *[10] * 36])) == 11  # 10 months only reach 100
+    assert (
+        formulas.break_even_volume(1000, 50, 1000, 0.2) == 6750
+    )  # seven: 1,350 / 0.2, of 7,000; six would carry 6,000 of 6,500
+    assert (
+        cashflow.break_even_month(np.array([100.0, *[0] * 36]), np.array([0.0, *[10] * 36])) == 11
+    )  # 10 months only reach 100
     assert cashflow.break_even_month(np.array([100.0, *[10] * 36]), np.array([0.0, *[10] * 36])) == np.inf
     assert formulas.scaled_seconds(3, 2, 2) == 2
     assert formulas.scaled_seconds(3, 5, 3) == 1
@@ -247,10 +268,18 @@ COSTS = st.floats(0.001, 50)
     requests=st.floats(1e3, 1e7), more=st.floats(1.0, 20), price=st.floats(10, 5e4), seconds=st.floats(0.01, 60), usd_in=COSTS,
     usd_out=COSTS, share=st.floats(0, 1), cache=st.floats(0, 1), escalated=st.floats(0, 1), rate=st.floats(0, 0.5),
 )  # fmt: skip
-def test_what_holds_of_every_scenario(requests, more, price, seconds, usd_in, usd_out, share, cache, escalated, rate):
+def test_what_holds_of_every_scenario(
+    requests, more, price, seconds, usd_in, usd_out, share, cache, escalated, rate
+):
     def made(**changed):
         figures = {"usd_per_mtok_in": usd_in, "usd_per_mtok_out": usd_out}
-        own = {"price_usd": price, "request_s": seconds, "power_load_w": 90, "power_idle_w": 20, "prefill_share": 0.3}
+        own = {
+            "price_usd": price,
+            "request_s": seconds,
+            "power_load_w": 90,
+            "power_idle_w": 20,
+            "prefill_share": 0.3,
+        }
         return scenario(
             {"api": {"kind": "api", "figures": figures}, "own": {"kind": "own", "figures": own},
              "routed": {"kind": "routed", "local": "own", "remote": "api",
@@ -269,7 +298,9 @@ def test_what_holds_of_every_scenario(requests, more, price, seconds, usd_in, us
     own, api = total("own"), total("api")
     assert own >= 0 and api == pytest.approx(requests * (500 * usd_in + 50 * usd_out) / 1e6)
     dear = requests * more
-    if units("own", dear) == units("own", requests):  # at an equal number of units more volume never makes a token dearer
+    if units("own", dear) == units(
+        "own", requests
+    ):  # at an equal number of units more volume never makes a token dearer
         assert total("own", requests_per_month=dear) / dear <= own / requests * (1 + 1e-9)
     assert units("own", dear) >= units("own", requests)
     free = {"api.usd_per_mtok_in": 0, "api.usd_per_mtok_out": 0}
@@ -278,8 +309,13 @@ def test_what_holds_of_every_scenario(requests, more, price, seconds, usd_in, us
     assert total("own", **nothing) == 0
     assert total("own", usd_per_kwh=0.5) >= own >= total("own", usd_per_kwh=0)
     routed = total("routed")
-    assert routed >= total("routed", **free) - 1e-9 and routed >= total("routed", **{"routed.escalated_share": 0}) - 1e-9
-    assert routed <= total("own") + (1 + share * escalated) * api * (1 - cache) + 1e-6  # never more than both paid in full
+    assert (
+        routed >= total("routed", **free) - 1e-9
+        and routed >= total("routed", **{"routed.escalated_share": 0}) - 1e-9
+    )
+    assert (
+        routed <= total("own") + (1 + share * escalated) * api * (1 - cache) + 1e-6
+    )  # never more than both paid in full
     s = made()
     v = world_of(s).values(s.columns["own"])
     paid = cashflow.payments("own", v)
@@ -288,7 +324,9 @@ def test_what_holds_of_every_scenario(requests, more, price, seconds, usd_in, us
 
 
 def test_zero_price_is_zero_api_cost(tmp_path):
-    table = from_file(tmp_path, entry(), entry("openai:http://localhost#free", "api", api(0, 0)), apis=("free",))
+    table = from_file(
+        tmp_path, entry(), entry("openai:http://localhost#free", "api", api(0, 0)), apis=("free",)
+    )
     assert table.cells["free"]["total_usd"].value == 0
     assert table.verdict[0].startswith("The API is cheaper: free costs $0.00")
 
@@ -313,7 +351,10 @@ def test_every_cell_is_tagged_and_measured_ones_lead_to_their_run(tmp_path):
             for figure in cell["evidence"]:
                 assert figure in value["evidence"]
     run_of = "report 2026-11-23T10:00:00+00:00, gguf-q4_k_m (abababababab)"
-    assert run_of in value["evidence"]["own.request_s"]["text"] and run_of in value["evidence"]["tokens_in"]["text"]
+    assert (
+        run_of in value["evidence"]["own.request_s"]["text"]
+        and run_of in value["evidence"]["tokens_in"]["text"]
+    )
     own = value["columns"]["own"]["cells"]
     assert own["correct_share"]["tag"] == "measured" and own["total_usd"]["tag"] == "assumed"
     assert value["evidence"][f"{SMALL}.usd_per_mtok_in"]["tag"] == "list price"
@@ -330,9 +371,17 @@ def test_api_models_of_the_report_are_costed_by_their_own_tokens_and_paired(tmp_
     results.save(tmp_path / "report.json")
     table = tabulate(from_report(tmp_path, "box", apis=("rival",)), draws=100)
     figures = table.scenario.columns["rival"].figures
-    assert (figures["tokens_in"].value, figures["tokens_out"].value, figures["verbosity_factor"].tag) == (330, 45, "measured")
+    assert (figures["tokens_in"].value, figures["tokens_out"].value, figures["verbosity_factor"].tag) == (
+        330,
+        45,
+        "measured",
+    )
     cell = table.cells["own"]["quality_change"]
-    assert cell.value == -10 and cell.text == "-10.0 (-15.0 to -5.0, 95 %, 200 rows in pairs)" and cell.tag == "measured"
+    assert (
+        cell.value == -10
+        and cell.text == "-10.0 (-15.0 to -5.0, 95 %, 200 rows in pairs)"
+        and cell.tag == "measured"
+    )
 
 
 @pytest.mark.parametrize("missing", ["power_idle_w", "power_load_w", "price_usd"])
@@ -347,15 +396,23 @@ def test_what_the_profile_lacks_is_not_known_and_not_zero(missing, tmp_path):
 
 def test_speed_from_another_box_is_assumed_and_says_so(tmp_path):
     figure = from_file(tmp_path, profile={"id": "desk"}).scenario.columns["own"].figures["request_s"]
-    assert figure.tag == "assumed" and figure.value == pytest.approx(1.46) and "measured on desk, not on box" in figure.text
+    assert (
+        figure.tag == "assumed"
+        and figure.value == pytest.approx(1.46)
+        and "measured on desk, not on box" in figure.text
+    )
 
 
 def test_speed_from_another_box_is_scaled_by_usable_bandwidth(tmp_path):
     """20 tokens at 10 tok/s are more than the 1.46 s: all of it is decoding, and half the bandwidth doubles it."""
     profile = {"id": "desk", "bandwidth_gb_per_s": 100}
-    assert from_file(tmp_path, profile=profile).scenario.columns["own"].figures["request_s"].value == pytest.approx(2.92)
+    assert from_file(tmp_path, profile=profile).scenario.columns["own"].figures[
+        "request_s"
+    ].value == pytest.approx(2.92)
     box(tmp_path, bandwidth_measured_gb_per_s=25)
-    assert from_file(tmp_path, profile=profile).scenario.columns["own"].figures["request_s"].value == pytest.approx(5.84)
+    assert from_file(tmp_path, profile=profile).scenario.columns["own"].figures[
+        "request_s"
+    ].value == pytest.approx(5.84)
 
 
 def test_a_price_range_counts_by_its_middle_and_is_assumed(tmp_path):
@@ -368,12 +425,17 @@ def test_a_card_needs_a_computer_and_a_published_price_is_a_list_price(tmp_path)
     assert from_file(tmp_path).scenario.columns["own"].figures["price_usd"].tag == "list price"
     box(tmp_path, kind="gpu", vram_gb=24)
     figures = from_file(tmp_path).scenario.columns["own"].figures
-    assert figures["host_usd"].value == 360 and figures["host_w"].value == 80 and "the card alone" in figures["host_usd"].text
+    assert (
+        figures["host_usd"].value == 360
+        and figures["host_w"].value == 80
+        and "the card alone" in figures["host_usd"].text
+    )
 
 
 def test_a_sweep_sizes_the_boxes():
     level = {"clients": 1, "requests_per_s": 2.0, "good_share": 1.0}
-    load = {"closed": [level, {"clients": 8, "requests_per_s": 9.0, "good_share": 0.99}, {"clients": 32, "requests_per_s": 11.0, "good_share": 0.4}],
+    load = {"closed": [level, {"clients": 8, "requests_per_s": 9.0, "good_share": 0.99},
+                       {"clients": 32, "requests_per_s": 11.0, "good_share": 0.4}],
             "open": [{"asked_per_s": 7.7, "requests_per_s": 7.6, "good_share": 1.0}], "limits": {"ttft_s": 1.0}}  # fmt: skip
     assert concurrency_gain(load)[0] == 4.5
     load["closed"][1]["good_share"] = load["open"][0]["good_share"] = level["good_share"] = 0.5
@@ -430,13 +492,19 @@ SMALLEST = {"schema": "edgeft/scenario@1", "columns": {"a": {"kind": "api", "fig
         (lambda v: v.update(figures={"tokens_in": -5}), "'tokens_in' in the file is -5"),
         (lambda v: v.update(figures={"tokens_in": "many"}), "is 'many', and a number"),
         (lambda v: v.update(figures={"tokens_in": {"range": [1, 2]}}), "'tokens_in' in the file is None"),
-        (lambda v: v.update(figures={"tokens_in": {"value": 3, "range": [4, 5]}}), "does not hold its value 3"),
+        (
+            lambda v: v.update(figures={"tokens_in": {"value": 3, "range": [4, 5]}}),
+            "does not hold its value 3",
+        ),
         (lambda v: v.update(figures={"tokens_in": {"value": 3, "source": "x"}}), "a source and no date"),
         (lambda v: v.update(figures={"training_usd": 3}), "belongs to a column"),
         (lambda v: v["columns"]["a"].update(kind="apy"), "Did you mean 'api'?"),
         (lambda v: v["columns"]["a"].update(model="gpt-4o-mni"), "Did you mean 'gpt-4o-mini'?"),
         (lambda v: v["columns"]["a"]["figures"].update(price_usd=3), "the figure 'price_usd' is not known"),
-        (lambda v: v["columns"].update(r={"kind": "routed", "local": "a", "remote": "a"}), "a column of kind api"),
+        (
+            lambda v: v["columns"].update(r={"kind": "routed", "local": "a", "remote": "a"}),
+            "a column of kind api",
+        ),
         (lambda v: v["columns"].update(r={"like": "b"}), "the column 'b' is not known"),
         (lambda v: v.update(compare={"rival": "z"}), "compare.rival"),
     ],
@@ -452,11 +520,21 @@ def test_a_wrong_scenario_is_refused(change, seen):
 def test_expired_prices_are_not_known_and_a_withdrawn_model_is_refused():
     old = {"value": 2, "source": "https://prices", "as_of": __import__("datetime").date(2025, 1, 1)}
     table = tabulate(
-        scenario({"api": {"kind": "api", "figures": {"usd_per_mtok_in": old, "usd_per_mtok_out": 8}}}, requests_per_month=5, tokens_in=1, tokens_out=1),
+        scenario({"api": {"kind": "api", "figures": {"usd_per_mtok_in": old, "usd_per_mtok_out": 8}}},
+                 requests_per_month=5, tokens_in=1, tokens_out=1),
         draws=100,
     )  # fmt: skip
-    assert table.cells["api"]["total_usd"].text == "not known: api.usd_per_mtok_in has expired: https://prices, as of 2025-01-01"
-    gone = {"gone": {"input_cost_per_token": 1e-6, "output_cost_per_token": 1e-6, "deprecation_date": "2025-06-06"}}
+    assert (
+        table.cells["api"]["total_usd"].text
+        == "not known: api.usd_per_mtok_in has expired: https://prices, as of 2025-01-01"
+    )
+    gone = {
+        "gone": {
+            "input_cost_per_token": 1e-6,
+            "output_cost_per_token": 1e-6,
+            "deprecation_date": "2025-06-06",
+        }
+    }
     with pytest.raises(UsageError, match="was withdrawn on 2025-06-06"):
         list_price("gone", gone, "today")
 
@@ -496,7 +574,9 @@ def test_draws_have_the_range_as_their_p10_and_p90():
     figure = Figure("x", 10, (8, 15))
     drawn = figure.draw(200_000, 1)
     assert np.percentile(drawn, [10, 50, 90]).tolist() == pytest.approx([8, 10, 15], rel=0.01)
-    assert (figure.draw(50, 1) == figure.draw(50, 1)).all() and (figure.draw(50, 1) != figure.draw(50, 2)).any()
+    assert (figure.draw(50, 1) == figure.draw(50, 1)).all() and (
+        figure.draw(50, 1) != figure.draw(50, 2)
+    ).any()
     assert Figure("x", 0.9, (0.5, 1), bounds=(0, 1)).draw(1000, 1).max() <= 1
     assert Figure("x", 3).draw(10, 1) == 3
 
@@ -510,8 +590,12 @@ def test_the_simulation_agrees_with_the_formulas_draw_by_draw():
         one = world_of(found, {k: v[number] for k, v in world.numbers.items() if np.ndim(v)})
         for name, column in found.columns.items():
             v = one.values(column)
-            assert drawn[name].npc[number] == pytest.approx(float(cashflow.net_present_cost(column.kind, v)), rel=1e-9), name
-            assert drawn[name].paid[:, number] == pytest.approx(cashflow.payments(column.kind, v), rel=1e-9), name
+            assert drawn[name].npc[number] == pytest.approx(
+                float(cashflow.net_present_cost(column.kind, v)), rel=1e-9
+            ), name
+            assert drawn[name].paid[:, number] == pytest.approx(
+                cashflow.payments(column.kind, v), rel=1e-9
+            ), name
 
 
 def test_a_seed_gives_the_same_table_and_a_whole_number_stays_whole():
@@ -560,13 +644,17 @@ def test_counters_of_a_running_proxy(tmp_path):
 
 def test_a_policy_and_counters_make_the_routed_column(tmp_path):
     figures = {"n": 200, "share_strong": 0.4, "policy": {"mean": 0.7, "ci95": [0.65, 0.75]}}
-    Policy("2026-11-25", {}, {}, {}, 0.1, {"figures": figures, "figures_of": "threshold items"}).save(tmp_path / "policy" / "policy.json")
+    Policy("2026-11-25", {}, {}, {}, 0.1, {"figures": figures, "figures_of": "threshold items"}).save(
+        tmp_path / "policy" / "policy.json"
+    )
     (tmp_path / "metrics.txt").write_text(METRICS)
     value = yaml.safe_load(shipped("support-desk").read_text())
     routed = value["columns"]["routed"]
     routed |= {"policy": "policy", "figures": {}}
     made = build(value, "file", tmp_path, {}).columns["routed"].figures
-    assert (made["local_share"].value, made["correct_share"].value) == (0.6, 0.7) and made["local_share"].tag == "measured"
+    assert (made["local_share"].value, made["correct_share"].value) == (0.6, 0.7) and made[
+        "local_share"
+    ].tag == "measured"
     routed["counters"] = "metrics.txt"
     made = build(value, "file", tmp_path, {}).columns["routed"].figures
     assert (made["local_share"].value, made["answer_cache_share"].value) == (0.7, 0.2)
@@ -579,17 +667,25 @@ def test_shipped_scenarios_have_all_columns_and_rows(name):
     assert [kinds.count(k) for k in ("api", "cloud", "own", "fleet", "routed")] == [5, 3, 1, 1, 1]
     for column, row in table.cells.items():
         for key, cell in row.items():
-            assert cell.value is not None or key in ("kwh", "kgco2", "ttft_p95_s", "break_even_requests"), (column, key, cell.text)
+            assert cell.value is not None or key in ("kwh", "kgco2", "ttft_p95_s", "break_even_requests"), (
+                column,
+                key,
+                cell.text,
+            )
             assert cell.tag != "not known" or key in ("kwh", "kgco2"), (column, key, cell.text)
     assert table.tornado and len(table.must) == 11
-    assert "measured" not in {f.tag for f in table.evidence.values()}  # they ship no measurement and claim none
+    assert "measured" not in {
+        f.tag for f in table.evidence.values()
+    }  # they ship no measurement and claim none
     assert table.verdict[0].startswith("The API is cheaper")
 
 
 def test_the_page_is_whole_and_leads_from_cells_to_evidence():
     text = page(tabulate(read_scenario(shipped("support-desk")), draws=200))
     assert text == page(tabulate(read_scenario(shipped("support-desk")), draws=200))
-    assert "<script" not in text and not re.search(r'(?:src|href)="(?!#)', text.replace("xlink:href", "xhref"))
+    assert "<script" not in text and not re.search(
+        r'(?:src|href)="(?!#)', text.replace("xlink:href", "xhref")
+    )
     anchors = set(re.findall(r'id="(e-[^"]+)"', text))
     links = set(re.findall(r'href="#(e-[^"]+)"', text))
     assert links and links <= anchors
@@ -625,9 +721,18 @@ def test_the_command_writes_the_same_numbers_every_time(tmp_path, capfd):
     assert shown.startswith(value["verdict"][0])
     for key in ("total_usd", "usd_per_1k_requests"):
         cell = value["columns"]["own"]["cells"][key]["text"]
-        assert cell in shown and cell.replace("$", "\\$") in text and cell in (tmp_path / "tco.html").read_text()
-    assert json.loads((tmp_path / "tco.json").read_text()) == {k: v for k, v in value.items() if k != "written_to"}
-    for wrong in (["--requests-per-month", "-5"], ["--out", "tco.pdf"], ["--set", "spares=x"], ["--set", "own.sites=2"]):
+        assert (
+            cell in shown and cell.replace("$", "\\$") in text and cell in (tmp_path / "tco.html").read_text()
+        )
+    assert json.loads((tmp_path / "tco.json").read_text()) == {
+        k: v for k, v in value.items() if k != "written_to"
+    }
+    for wrong in (
+        ["--requests-per-month", "-5"],
+        ["--out", "tco.pdf"],
+        ["--set", "spares=x"],
+        ["--set", "own.sites=2"],
+    ):
         assert run([*words, *wrong]) == 2
         assert len(capfd.readouterr().err.splitlines()) == 2
 

@@ -57,4 +57,7 @@ def policy_of_one(target: Any) -> dict[str, bytes]:
         features={**SPEC, "weights_sha256": hashlib.sha256(tensors).hexdigest()}, threshold=ALWAYS_WEAK,
         fitted={"verdict": "one artefact, no routing"},
     )  # fmt: skip
-    return {"policy.json": (json.dumps(policy.to_dict(), indent=1) + "\n").encode(), "weights.safetensors": tensors}
+    return {
+        "policy.json": (json.dumps(policy.to_dict(), indent=1) + "\n").encode(),
+        "weights.safetensors": tensors,
+    }

@@ -32,11 +32,15 @@ probe)
     echo "previous=$(readlink "$prefix/previous" 2>/dev/null | sed 's|.*/||' || true)"
     echo "venvs=$(for v in "$prefix"/venvs/*/.ready; do [ -e "$v" ] && basename "$(dirname "$v")"; done | tr '\n' ' ' || true)"
     echo "stored=$(ls "$store" | tr '\n' ' ')" ;;
-put)  # HASH: bytes on standard input go to the end of what is there; then the whole is checked and gets its name
-    echo "put reads standard input: it is sent by a command of its own" >&2
-    exit 2 ;;
-size)  # HASH: bytes of it that arrived so far
-    stat -c %s "$store/.$3.part" 2>/dev/null || echo 0 ;;
+size)  # HASH: bytes of it that arrived so far, moved to a file that no session of before still writes to
+    if [ -e "$store/.$3.part" ]; then
+        cp "$store/.$3.part" "$store/.$3.again" && mv "$store/.$3.again" "$store/.$3.part"
+        stat -c %s "$store/.$3.part"
+    elif [ -e "$store/$3" ]; then
+        echo whole
+    else
+        echo 0
+    fi ;;
 assemble)  # ID, then 'HASH MODE NAME' lines after this script
     release=$prefix/releases/$3
     rm -rf "$release.part"

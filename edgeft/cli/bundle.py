@@ -12,20 +12,41 @@ PATH = click.Path(path_type=Path)
 
 @click.command("bundle")
 @click.argument("artifacts", nargs=-1, required=True, type=PATH)
-@click.option("--for", "profile_id", metavar="PROFILE", required=True, help="The box; auto for one like this.")
-@click.option("--policy", type=PATH, help="Folder of `edgeft route fit`; without it one artefact answers all.")
-@click.option("--pack", "packs", type=PATH, multiple=True, help="A reference pack to measure with there. Repeatable.")
-@click.option("--context", type=click.IntRange(16), default=2048, show_default=True, help="Tokens of context.")
-@click.option("--slots", type=click.IntRange(1), default=1, show_default=True, help="Requests at once that memory must hold.")
+@click.option(
+    "--for", "profile_id", metavar="PROFILE", required=True, help="The box; auto for one like this."
+)
+@click.option(
+    "--policy", type=PATH, help="Folder of `edgeft route fit`; without it one artefact answers all."
+)
+@click.option(
+    "--pack", "packs", type=PATH, multiple=True, help="A reference pack to measure with there. Repeatable."
+)
+@click.option(
+    "--context", type=click.IntRange(16), default=2048, show_default=True, help="Tokens of context."
+)
+@click.option(
+    "--slots",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Requests at once that memory must hold.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads of each model (physical cores if left out).")
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
 @click.option("--arch", type=click.Choice(["amd64", "arm64"]), help="The profile's, if left out.")
 @click.option("--python", default="3.11", show_default=True, help="The box's Python.")
 @click.option("--lock-only", is_flag=True, help="No wheels: the box fetches these versions itself.")
 @click.option("--sign", "key", type=PATH, metavar="KEY", help="An SSH key that signs the checksums.")
-@click.option("--container", is_flag=True, help="Write a folder with a Dockerfile and a compose file instead.")
+@click.option(
+    "--container", is_flag=True, help="Write a folder with a Dockerfile and a compose file instead."
+)
 @click.option("--k8s", is_flag=True, help="The same, with Kubernetes manifests.")
-@click.option("--image", default="edgeft-box:latest", show_default=True, help="Name of the image, with --container and --k8s.")
+@click.option(
+    "--image",
+    default="edgeft-box:latest",
+    show_default=True,
+    help="Name of the image, with --container and --k8s.",
+)
 @click.option("--out", type=PATH, help="box.tar, or the folder box/, if left out.")
 @options
 def command(
@@ -55,7 +76,18 @@ def command(
     from edgeft.tco.box import profile_of
 
     wanted = Wanted(
-        artifacts, profile_of(profile_id), policy, packs, context, slots, threads, port, arch, python, lock_only, key
+        artifacts,
+        profile_of(profile_id),
+        policy,
+        packs,
+        context,
+        slots,
+        threads,
+        port,
+        arch,
+        python,
+        lock_only,
+        key,
     )
     if container or k8s:
         place = out or Path("box")

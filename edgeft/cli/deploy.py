@@ -14,7 +14,9 @@ PATH = click.Path(path_type=Path)
 def _where(function: Any) -> Any:
     """--prefix and --ssh-config."""
     prefix = click.option("--prefix", default="~/edgeft", show_default=True, help="Folder on the box.")
-    config = click.option("--ssh-config", "config", type=PATH, help="A file for ssh's -F: ports, keys, jump hosts.")
+    config = click.option(
+        "--ssh-config", "config", type=PATH, help="A file for ssh's -F: ports, keys, jump hosts."
+    )
     return prefix(config(function))
 
 
@@ -32,9 +34,23 @@ def command() -> None:
 @click.argument("hosts", nargs=-1, required=True)
 @_where
 @click.option("--at-once", type=click.IntRange(1), default=2, show_default=True, help="Hosts at a time.")
-@click.option("--max-failures", type=click.IntRange(0), default=1, show_default=True, help="No new host when more have failed.")
-@click.option("--check-seconds", type=click.FloatRange(0), default=60, show_default=True, help="Time to measure; 0: don't.")
-@click.option("--signers", type=PATH, metavar="FILE", help="Public keys, one of which must have signed the bundle.")
+@click.option(
+    "--max-failures",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="No new host when more have failed.",
+)
+@click.option(
+    "--check-seconds",
+    type=click.FloatRange(0),
+    default=60,
+    show_default=True,
+    help="Time to measure; 0: don't.",
+)
+@click.option(
+    "--signers", type=PATH, metavar="FILE", help="Public keys, one of which must have signed the bundle."
+)
 @options
 def run_command(
     bundle: Path,
@@ -55,7 +71,8 @@ def run_command(
         bundle, hosts, prefix=prefix, config=config, at_once=at_once, max_failures=max_failures, check_s=check_seconds, signers=signers
     )  # fmt: skip
     rows = [
-        [o.host, o.state, f"{o.sent_bytes / 1e6:.2f} MB", f"{o.seconds:.1f} s", o.checked.get("verdict", "–"), o.text or o.checked.get("text", "")]
+        [o.host, o.state, f"{o.sent_bytes / 1e6:.2f} MB", f"{o.seconds:.1f} s", o.checked.get("verdict", "–"),
+         o.text or o.checked.get("text", "")]
         for o in outcomes
     ]  # fmt: skip
     console.table(["host", "", "sent", "took", "measured", ""], rows)
@@ -76,7 +93,10 @@ def status_command(hosts: tuple[str, ...], prefix: str, config: Path | None) -> 
     for host in hosts:
         with Box(host, prefix, config) as box:
             found.append(status_of(box))
-    rows = [[s["host"], s["state"], s["current"] or "–", s["previous"] or "–", f"{s['disk_free_gb']:.1f} GB"] for s in found]
+    rows = [
+        [s["host"], s["state"], s["current"] or "–", s["previous"] or "–", f"{s['disk_free_gb']:.1f} GB"]
+        for s in found
+    ]
     console.table(["host", "state", "current", "previous", "disk free"], rows)
     console.result(found)
 

@@ -38,7 +38,9 @@ def command() -> None:
 @click.option(
     "--api", "apis", metavar="NAME", multiple=True, help="An API model in litellm's price table. Repeatable."
 )
-@click.option("--requests-per-month", type=float, metavar="N", help="100,000 unless a scenario says otherwise.")
+@click.option(
+    "--requests-per-month", type=float, metavar="N", help="100,000 unless a scenario says otherwise."
+)
 @click.option("--usd-per-kwh", type=float, metavar="X", help="0.15 unless a scenario says otherwise.")
 @click.option(
     "--set",
@@ -106,7 +108,11 @@ def table_command(
 
 
 def _from_flags(
-    report: Path | None, profile_id: str | None, model: str | None, apis: tuple[str, ...], changed: dict[str, float]
+    report: Path | None,
+    profile_id: str | None,
+    model: str | None,
+    apis: tuple[str, ...],
+    changed: dict[str, float],
 ) -> Any:
     from edgeft.errors import UsageError
     from edgeft.tco.from_report import from_report
