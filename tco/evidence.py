@@ -88,8 +88,9 @@ def machine_of(column: str, m: Measured, report: BenchReport, box: Profile | Non
         text = "one request at a time, a lower bound: the report has no concurrency sweep (edgeft bench --load 1,2,4,8)"
         found["concurrency_gain"] = figure(column, "concurrency_gain", 1.0, ASSUMED, text)
     if m.prefill_share is not None:
+        tag, text = (MEASURED, "") if box is None or here == box.id else (ASSUMED, f"as on {here}: ")
         found["prefill_share"] = figure(
-            column, "prefill_share", m.prefill_share, MEASURED, f"median TTFT over median time; {m.run}"
+            column, "prefill_share", m.prefill_share, tag, f"{text}median TTFT over median time; {m.run}"
         )
     return found
 

@@ -62,7 +62,7 @@ def tabulate(scenario: Scenario, draws: int = uncertainty.DRAWS, seed: int = unc
         row["quality_change"] = quality_change(column, scenario.columns[rival], cells, scenario.pairs)
         if is_local(column):
             row |= _break_even(world, scenario, name, rival, cells, drawn)
-            chance = uncertainty.chance_cheaper(drawn, column, in_time or [rival])
+            chance = uncertainty.chance_cheaper(drawn, column, sorted({*in_time, rival}))
             if chance is not None:
                 cheaper[name] = chance
     must = must_be_true(world, cells, rival)

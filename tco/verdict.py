@@ -23,7 +23,7 @@ def verdict(
     if local is None or rival is None:
         return [
             _why_none(scenario, cells, "own" if local is None else "API"),
-            *_batch(scenario, cells, local),
+            *_batch(scenario, cells, local, rival),
         ]
     mine, other = cells[local]["npv_usd"], cells[rival]["npv_usd"]
     for name, cell in ((local, mine), (rival, other)):
@@ -34,7 +34,7 @@ def verdict(
     odds = "" if chance is None else f" It is cheaper than every API here in {chance:.0%} of the draws."
     month = cells[local].get("break_even_month")
     paid = (
-        f" Paid off, month P10/P50/P90: {month.text}."
+        f" Paid off in month, P10/P50/P90: {month.text}."
         if month is not None and month.value is not None
         else ""
     )
@@ -53,7 +53,7 @@ def verdict(
             f"{titles[local]} is cheaper: {usd(here)} over {months} months against {usd(there)} for {titles[rival]} "
             f"({_ratio(there, here)}).{odds}{paid}"
         )
-    lines += _batch(scenario, cells, local)
+    lines += _batch(scenario, cells, local, rival)
     weak = cells[local]["npv_usd"].tag
     if weak == "assumed":
         lines.append(
@@ -79,10 +79,10 @@ def _why_none(scenario: Scenario, cells: Cells, side: str) -> str:
     return f"The scenario has no {side} column to compare."
 
 
-def _batch(scenario: Scenario, cells: Cells, local: str | None) -> list[str]:
-    """What a batch price costs, where the work can wait."""
+def _batch(scenario: Scenario, cells: Cells, local: str | None, rival: str | None) -> list[str]:
+    """What a batch price costs, where the work can wait and it is not the rival anyway."""
     waits = [c for c in scenario.columns.values() if c.batch and not missing_cell(cells[c.id]["npv_usd"])]
-    if not waits or local is None or missing_cell(cells[local]["npv_usd"]):
+    if not waits or local is None or (rival and scenario.columns[rival].batch) or missing_cell(cells[local]["npv_usd"]):
         return []
     best = max(waits, key=lambda c: cells[c.id]["npv_usd"].value or 0.0)
     cost, here = -(cells[best.id]["npv_usd"].value or 0.0), -(cells[local]["npv_usd"].value or 0.0)

@@ -248,7 +248,7 @@ def test_containers_and_kubernetes(lock_only, tmp_path):
     compose = yaml.safe_load((tmp_path / "box" / "compose.yaml").read_text())["services"]["edgeft"]
     assert (
         compose["image"] == "me/box:1"
-        and compose["mem_limit"] == "267m"
+        and compose["mem_limit"] == "268m"
         and compose["platform"] == "linux/arm64"
     )
     docker = (tmp_path / "box" / "Dockerfile").read_text()
@@ -260,7 +260,7 @@ def test_containers_and_kubernetes(lock_only, tmp_path):
     )
     write_folder(lock_only, tmp_path / "box", "me/box:1", k8s=True)  # takes the place of what it wrote itself
     pod = yaml.safe_load((tmp_path / "box" / "k8s.yaml").read_text())["spec"]["template"]["spec"]
-    assert pod["containers"][0]["resources"]["limits"] == {"memory": "267Mi"} and pod["nodeSelector"] == {
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "268Mi"} and pod["nodeSelector"] == {
         "kubernetes.io/arch": "arm64"
     }
     assert not (tmp_path / "box" / "compose.yaml").exists()
