@@ -39,7 +39,7 @@ class Box:
     def __init__(self, host: str, prefix: str, config: Path | None = None) -> None:
         if host.startswith("-") or any(c.isspace() for c in host) or not host:
             raise UsageError(f"'{host}' is no host.", "edgeft deploy box.tar user@host")
-        if any(c in prefix for c in "'\"\\\n$`"):
+        if not prefix or any(c in "'\"\\$`;&|<>*?()" or c.isspace() for c in prefix):
             raise UsageError(
                 f"--prefix {prefix!r} has a character that a shell reads.", "--prefix /opt/edgeft"
             )

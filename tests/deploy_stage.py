@@ -105,7 +105,7 @@ def lacks() -> str | None:
     """Why no boxes can be had here; None where they can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
-    for tool in (SSHD, "ip", "tc", "ssh", "ssh-keygen"):
+    for tool in (SSHD, "ip", "tc", "nsenter", "ssh", "ssh-keygen"):
         if shutil.which(tool) is None:
             return f"needs {tool} (apt install openssh-server iproute2)"
     if os.uname().machine not in MACHINES.values():
@@ -149,7 +149,8 @@ class Boxes:
                 f"Port 22\nListenAddress {net}.2\nHostKey {self.root}/host\nAuthorizedKeysFile {self.root}/authorized\nStrictModes no\n"
                 f"UsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\nPidFile none\nMaxSessions 50\n"
             )
-            words = ["ip", "netns", "exec", ns, SSHD, "-D", "-e", "-f", str(conf)]
+            # not `ip netns exec`, which puts another /sys over the control groups
+            words = ["nsenter", f"--net=/run/netns/{ns}", SSHD, "-D", "-e", "-f", str(conf)]
             if group and name == "b3":
                 words = ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh", *words]
             self.daemons[name] = subprocess.Popen(words, stderr=(self.root / f"{name}.log").open("wb"))

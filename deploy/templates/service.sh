@@ -60,9 +60,9 @@ wait)
     n=0
     limit=$((${3:-120} * 5))
     until ask /health/ready; do
-        if [ -z "$systemd" ] && ! alive; then exit 1; fi
+        if [ -z "$systemd" ] && ! alive; then echo "its process has ended; see $log" >&2; exit 1; fi
         n=$((n + 1))
-        [ $n -lt $limit ] || exit 1
+        [ $n -lt $limit ] || { echo "not ready within ${3:-120} s; see $log" >&2; exit 1; }
         sleep 0.2
     done ;;
 state)
