@@ -56,7 +56,7 @@ def _deploy(box: Box, bundle: Bundle, check_s: float, say: Callable[[str], None]
     found.before = state["current"]
     files = _files(bundle)
     stored = sum(size for _, digest, _, size in files if digest in state["stored"])
-    unpacked = manifest["needs"]["disk_bytes"] - sum(size for *_, size in files)
+    unpacked = max(0, manifest["needs"]["disk_bytes"] - sum(size for *_, size in files))
     state["stored_bytes"] = stored + (unpacked if manifest["venv"] in state["venvs"] else 0)
     if wrong := preflight.faults(manifest, state):
         found.state, found.text = "refused", "; ".join(wrong)
