@@ -7,10 +7,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from edgeft.tco.measured import api_models, choose
+from edgeft.tco.measured import api_models, choose, load_report
 from edgeft.tco.prices import BATCH, FIELDS, FRONTIER, SMALL, price_table
 from edgeft.tco.scenario import SCHEMA, Scenario, build
-from edgeft.types import BenchReport
 
 STAFF = {"value": 2, "range": [0.5, 6], "why": "looking after one box beside others; nobody counted it"}
 
@@ -27,7 +26,7 @@ def from_report(
 ) -> Scenario:
     """Raises UsageError for unknown models, boxes and figures, and for a report without tasks."""
     file = report / "report.json" if report.is_dir() else report
-    found = BenchReport.load(file)
+    found = load_report(file)
     chosen, measured = choose(found, model), api_models(found)
     names = [name.rsplit("#", 1)[-1].removeprefix("litellm:") for name in apis]
     if not names:

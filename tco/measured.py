@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,15 @@ def api_models(report: BenchReport) -> dict[str, Measured]:
 def api_name(name: str) -> str:
     """'litellm:gpt-4o' and 'openai:http://host#gpt-4o' -> 'gpt-4o'."""
     return name.rsplit("#", 1)[-1].removeprefix("litellm:")
+
+
+def load_report(place: Path) -> BenchReport:
+    """A report from its folder or file, checked against its schema. Raises UsageError that says what is wrong with it."""
+    from edgeft.bench.reading import checked
+    from edgeft.files import read_json
+
+    file = place / "report.json" if place.is_dir() else place
+    return checked(read_json(file), str(file))
 
 
 def choose(report: BenchReport, model: str | None) -> Measured:

@@ -6,7 +6,6 @@ published (report, counters, policy, profile, price table), then the column that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -15,17 +14,16 @@ from typing import Any
 
 from edgeft.errors import UsageError, unknown
 from edgeft.tco import evidence
-from edgeft.tco.cells import ASSUMED, LIST_PRICE, MEASURED
+from edgeft.tco.cells import ASSUMED
 from edgeft.tco.figures import Figure
 from edgeft.tco.inputs import API, INPUTS, KINDS, MACHINES, ROUTED, inputs_of
-from edgeft.tco.measured import Measured, api_models, choose
+from edgeft.tco.measured import Measured, api_models, choose, load_report
+from edgeft.tco.written import known, number, written
 
 SCHEMA = "edgeft/scenario@1"
-PRICE_DAYS = 366  # a price by hand that is older has expired
 TOP = ("schema", "name", "about", "date", "report", "artifact", "figures", "columns", "compare")
 COLUMN = ("kind", "title", "about", "like", "model", "batch", "profile", "report", "artifact", "local", "remote", "policy", "counters",
           "figures")  # fmt: skip
-FIGURE = ("value", "range", "why", "source", "as_of", "measured")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def build(value: Any, where: str, folder: Path, changed: Mapping[str, float]) ->
         raise UsageError(
             f"{where} is no scenario: its schema is {seen!r}, not '{SCHEMA}'.", "edgeft tco init"
         )
-    _known(value, TOP, "the key", where)
+    known(value, TOP, "the key", where)
     columns = value.get("columns")
     if not isinstance(columns, dict) or not columns:
         raise UsageError(f"{where} has no columns.", "edgeft tco init scenario.yaml shows some")
@@ -132,7 +130,7 @@ class Reader:
             raise UsageError(
                 f"the column '{name}' in {self.where} is no map of keys.", "edgeft tco init shows one"
             )
-        _known(spec, COLUMN, f"columns.{name}: the key", self.where)
+        known(spec, COLUMN, f"columns.{name}: the key", self.where)
         base = self._named(name, spec, "like", every) if spec.get("like") else None
         if base and spec.get("batch"):
             spec = {"model": every[base.id].get("model"), **spec}
@@ -140,7 +138,7 @@ class Reader:
         if kind not in KINDS:
             raise unknown(f"columns.{name}: the kind", str(kind), KINDS, f"edit {self.where}")
         figures = dict(spec.get("figures") or {})
-        _known(figures, tuple(inputs_of(kind)), f"columns.{name}.figures: the figure", self.where)
+        known(figures, tuple(inputs_of(kind)), f"columns.{name}.figures: the figure", self.where)
         found, quality_of = self._evidence(name, kind, spec)
         parts = {}
         if kind == ROUTED:
@@ -186,9 +184,9 @@ class Reader:
         given: Any = None
         beside = found.get(name)  # a column that this one is like may have a figure of its own
         if column and name in own:
-            figure = self._written(key, name, own[name])
+            figure = written(key, name, own[name], self.where, self.today)
         elif name in self.whole and not (beside and beside.id.split(".")[0] in self.done):
-            figure = self._written(name, name, self.whole[name])
+            figure = written(name, name, self.whole[name], self.where, self.today)
         elif beside:
             figure = beside
         else:
@@ -197,57 +195,9 @@ class Reader:
         for asked in (key, name):
             if given is None and asked in self.changed:
                 given = self.changed[asked]
-                value = _number(given, f"--set {asked}", "the command", i)
+                value = number(given, f"--set {asked}", "the command", i)
                 figure = Figure(asked, value, None, ASSUMED, "set on the command line", i.bounds)
         return figure
-
-    def _written(self, key: str, name: str, value: Any) -> Figure:
-        """A figure as a scenario writes it: a number, or a map of value, range and what it rests on."""
-        i, where = INPUTS[name], f"'{key}'"
-        if not isinstance(value, dict):
-            return Figure(
-                key,
-                _number(value, where, self.where, i),
-                None,
-                ASSUMED,
-                "the scenario, without a range",
-                i.bounds,
-            )
-        _known(value, FIGURE, f"{key}: the key", self.where)
-        number, ends = _number(value.get("value"), where, self.where, i), None
-        if value.get("range") is not None:
-            pair = value["range"]
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise UsageError(
-                    f"the range of {where} in {self.where} is {pair!r}, not [P10, P90].", "range: [80, 120]"
-                )
-            ends = tuple(_number(end, f"the range of {where}", self.where, i, whole=False) for end in pair)
-            if not ends[0] <= number <= ends[1]:
-                raise UsageError(
-                    f"the range of {where} in {self.where} is {pair}, which does not hold its value {number:g}.",
-                    "P10 below the value, P90 above it",
-                )
-        if value.get("measured"):
-            return Figure(key, number, ends, MEASURED, f"{value['measured']}, as the scenario says", i.bounds)
-        if value.get("source"):
-            return self._priced(key, number, ends, value, i.bounds)
-        return Figure(
-            key, number, ends, ASSUMED, str(value.get("why") or "the scenario, without a reason"), i.bounds
-        )
-
-    def _priced(self, key: str, number: float, ends: Any, value: Mapping[str, Any], bounds: Any) -> Figure:
-        """A list price: it needs its date, and has none left when that is too long ago."""
-        as_of = value.get("as_of")
-        if as_of is None:
-            raise UsageError(f"'{key}' in {self.where} has a source and no date.", "as_of: 2026-11-25")
-        if not isinstance(as_of, date):
-            raise UsageError(
-                f"'as_of' of '{key}' in {self.where} is {as_of!r}, not a date.", "as_of: 2026-11-25"
-            )
-        text = f"{value['source']}, as of {as_of}"
-        if (self.today - as_of).days > PRICE_DAYS:
-            return Figure(key, None, None, LIST_PRICE, f"{key} has expired: {text}", bounds)
-        return Figure(key, number, ends, LIST_PRICE, text, bounds)
 
     def _evidence(
         self, name: str, kind: str, spec: Mapping[str, Any]
@@ -297,11 +247,8 @@ class Reader:
         )
 
     def _report(self, place: str) -> Any:
-        from edgeft.types import BenchReport
-
         if place not in self.reports:
-            path = self.folder / place
-            self.reports[place] = BenchReport.load(path / "report.json" if path.is_dir() else path)
+            self.reports[place] = load_report(self.folder / place)
         return self.reports[place]
 
     def pairs(self) -> dict[str, Any]:
@@ -320,41 +267,16 @@ class Reader:
 
     def all_used(self, columns: Mapping[str, Column], shared: Mapping[str, Figure]) -> None:
         """Every figure of the scenario and of the command must be one that something reads."""
-        _known(self.whole, tuple(INPUTS), "the figure", self.where)
+        known(self.whole, tuple(INPUTS), "the figure", self.where)
         for name in self.whole:
             if INPUTS[name].own_only:
                 raise UsageError(
                     f"'{name}' in {self.where} belongs to a column: an API that is used as it is has none.",
                     f"columns: a column: figures: {name}",
                 )
-        known = {*INPUTS, *(f"{c.id}.{n}" for c in columns.values() for n in c.figures)}
+        names = {*INPUTS, *(f"{c.id}.{n}" for c in columns.values() for n in c.figures)}
         for name in self.changed:
-            if name not in known:
+            if name not in names:
                 raise unknown(
-                    "the figure", name, known, "edgeft tco SCENARIO.yaml --set requests_per_month=500000"
+                    "the figure", name, names, "edgeft tco SCENARIO.yaml --set requests_per_month=500000"
                 )
-
-
-def _known(value: Mapping[Any, Any], known: tuple[str, ...], kind: str, where: str) -> None:
-    for key in value:
-        if key not in known:
-            raise unknown(kind, str(key), known, f"edit {where}; docs/tco.md lists what it may hold")
-
-
-def _number(value: Any, what: str, where: str, i: Any, whole: bool = True) -> float:
-    """A number within the input's bounds."""
-    low, high = i.bounds
-    good = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and not math.isnan(value)
-        and abs(value) != math.inf
-    )
-    if not good or not low <= value <= high or (whole and i.whole and value != int(value)):
-        need = "a whole number" if i.whole else "a number"
-        span = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
-        raise UsageError(
-            f"{what} in {where} is {value!r}, and {need} {span} is needed.",
-            f"{i.about}: change it to such a number",
-        )
-    return float(value)

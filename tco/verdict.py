@@ -82,7 +82,12 @@ def _why_none(scenario: Scenario, cells: Cells, side: str) -> str:
 def _batch(scenario: Scenario, cells: Cells, local: str | None, rival: str | None) -> list[str]:
     """What a batch price costs, where the work can wait and it is not the rival anyway."""
     waits = [c for c in scenario.columns.values() if c.batch and not missing_cell(cells[c.id]["npv_usd"])]
-    if not waits or local is None or (rival and scenario.columns[rival].batch) or missing_cell(cells[local]["npv_usd"]):
+    if (
+        not waits
+        or local is None
+        or (rival and scenario.columns[rival].batch)
+        or missing_cell(cells[local]["npv_usd"])
+    ):
         return []
     best = max(waits, key=lambda c: cells[c.id]["npv_usd"].value or 0.0)
     cost, here = -(cells[best.id]["npv_usd"].value or 0.0), -(cells[local]["npv_usd"].value or 0.0)

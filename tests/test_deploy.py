@@ -144,7 +144,9 @@ def test_a_full_disk_ends_in_words_and_keeps_what_runs(fleet, tmp_path, monkeypa
         blob = random.Random(1).randbytes(60_000_000)
         told = to(fleet, small_bundle(tmp_path / "told.tar", {}, blob), "b2", prefix=str(small))
         assert told.state == "refused" and "its disk has" in told.text
-        monkeypatch.setattr("edgeft.deploy.preflight.faults", lambda *_: [])  # as if it filled up after the look
+        monkeypatch.setattr(
+            "edgeft.deploy.preflight.faults", lambda *_: []
+        )  # as if it filled up after the look
         full = to(fleet, Bundle(tmp_path / "told.tar"), "b2", prefix=str(small))
         assert full.state == "failed" and "No space left on device" in full.text
         assert fleet.answer("b2") == {"before": True}

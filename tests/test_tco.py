@@ -64,10 +64,10 @@ def own_home(tmp_path, monkeypatch):
 def entry(name="gguf-q4_k_m", kind="artifact", price=None, share=0.8, tokens=(60_000, 4_000), e2e=1.46):
     return {
         "id": name, "kind": kind, "size_bytes": 1, "artifact_sha256": "ab" * 32 if kind == "artifact" else None,
-        "speed": {"decode_tok_per_s": {"p50": 10.0}}, "memory": None, "price": price,
+        "engine": "gguf", "speed": {"decode_tok_per_s": {"p50": 10.0, "n": 5}}, "memory": None, "price": price,
         "accuracy": {
             "correct": round(share * 200), "n": 200, "share": share, "ci95": [share - 0.05, share + 0.05],
-            "prompt_tokens": tokens[0], "output_tokens": tokens[1], "e2e_s": {"p50": 9.0, "samples": [e2e] * 200},
+            "prompt_tokens": tokens[0], "output_tokens": tokens[1], "e2e_s": {"p50": 9.0, "n": 200, "samples": [e2e] * 200},
         },
     }  # fmt: skip
 
@@ -543,6 +543,14 @@ def test_a_report_without_tasks_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no time and tokens of a request") as caught:
         from_file(tmp_path, {**entry(), "accuracy": None})
     assert "--tasks" in caught.value.hint
+
+
+def test_a_broken_report_is_refused_in_two_lines(tmp_path, capfd):
+    (tmp_path / "report.json").write_text('{"schema": "edgeft/report@1", "results": 3}')
+    assert run(["tco", "--report", str(tmp_path), "--profile", "l4"]) == 2
+    assert run(["tco", "support-desk", "--report", str(tmp_path)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 4 and "is no bench report" in lines[0]
 
 
 def test_litellm_is_read_and_not_imported():
