@@ -122,7 +122,8 @@ def _choose(wanted: Wanted) -> tuple[list[Target], dict[str, archive.Source], di
                 f"{len(there)} artefacts and no policy: nothing says which answers.",
                 f"edgeft bundle {there[0].path} --for PROFILE, or --policy policy/",
             )
-        return there, templates.policy_of_one(there[0]), {"kind": "one artefact", "candidates": [there[0].id]}
+        made: dict[str, archive.Source] = dict(templates.policy_of_one(there[0]))
+        return there, made, {"kind": "one artefact", "candidates": [there[0].id]}
     from edgeft.router import load_policy
 
     policy = load_policy(wanted.policy).policy

@@ -45,7 +45,8 @@ def measure(url: str, seconds: float) -> dict[str, Any]:
     from edgeft.bench.stats import summary
     from edgeft.engines.client import chat
 
-    replies, started = [], time.monotonic()
+    replies: list[Any] = []
+    started = time.monotonic()
     with httpx.Client() as client:
         chat(client, url, body_of(0))  # wakes the threads
         while len(replies) < LEAST or time.monotonic() - started < seconds:

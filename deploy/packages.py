@@ -83,7 +83,7 @@ def _modules() -> dict[str, Path]:
 
 def _metadata(version: str) -> str:
     """The installed distribution's metadata without its long text."""
-    text = distribution("edgeft").metadata.as_string()
+    text = distribution("edgeft").read_text("METADATA") or distribution("edgeft").read_text("PKG-INFO") or ""
     head = text.split("\n\n", 1)[0]
     lines = [line for line in head.splitlines() if not line.startswith(("Dynamic:", "License-File:"))]
     return "\n".join(re.sub(r"^Version: .*", f"Version: {version}", line) for line in lines) + "\n"

@@ -163,7 +163,7 @@ class Reader:
         return made
 
     def _named(self, name: str, spec: Mapping[str, Any], key: str, every: Mapping[str, Any]) -> Column:
-        wanted = spec.get(key)
+        wanted = str(spec.get(key))
         if wanted not in every or wanted == name:
             raise unknown(
                 f"columns.{name}.{key}: the column",

@@ -52,11 +52,9 @@ def tabulate(scenario: Scenario, draws: int = uncertainty.DRAWS, seed: int = unc
     for name, column in scenario.columns.items():
         row = cells[name]
         if name in drawn:
-            low, high = np.percentile(-drawn[name].npc, [10, 90])
+            low, high = (float(np.percentile(-drawn[name].npc, q)) for q in (10, 90))
             found = row["npv_usd"]
-            row["npv_usd"] = Cell(
-                found.value, found.text, found.rests_on, found.evidence, (float(low), float(high))
-            )
+            row["npv_usd"] = Cell(found.value, found.text, found.rests_on, found.evidence, (low, high))
         if rival is None or name == rival:
             continue
         row["quality_change"] = quality_change(column, scenario.columns[rival], cells, scenario.pairs)

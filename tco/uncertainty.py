@@ -90,7 +90,7 @@ def tornado(scenario: Scenario, local: str, rival: str) -> list[dict[str, Any]]:
         v = world.values(column)
         cashflow.net_present_cost(column.kind, v)
         read |= v.used
-    bars = []
+    bars: list[dict[str, Any]] = []
     for key, figure in every_figure(scenario).items():
         if key in read and figure.range and figure.range[0] < figure.range[1]:
             low, high = figure.range
