@@ -20,12 +20,8 @@ from edgeft.files import sha256_file
 from edgeft.home import cache_dir
 
 EXTRAS = {"gguf": "gguf,serve", "onnx": "onnx,serve", "transformers": "compress,serve"}
-PLATFORMS = {
-    "amd64": ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"),
-    "arm64": ("manylinux_2_31_aarch64", "manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64",
-              "manylinux2014_aarch64"),
-}  # fmt: skip
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+GLIBC = 36  # 2.36: Debian 12, Raspberry Pi OS of 2023; wheels that want a newer one don't run there
 LEAVE_OUT = ("__pycache__", ".pyc")
 
 
@@ -102,7 +98,7 @@ def installed() -> str:
 
 
 def wheels(engines: set[str], arch: str, python: str) -> list[Path]:
-    """Wheels of everything that serving needs on a platform, edgeft's own first; kept in the user's cache.
+    """Wheels of everything that serving needs on a platform, pip too, edgeft's own first; kept in the user's cache.
 
     Raises EnvironmentFault where one does not exist for the platform or can't be fetched.
     """
@@ -117,11 +113,11 @@ def wheels(engines: set[str], arch: str, python: str) -> list[Path]:
     own.write_bytes(content)
     if not done.exists():
         (folder / "constraints.txt").write_text(pins)
-        tags = [word for tag in PLATFORMS[arch] for word in ("--platform", tag)]
+        tags = [word for tag in platforms(arch) for word in ("--platform", tag)]
         command = [
             sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder),
             "--python-version", python, "--implementation", "cp", *tags, "-c", str(folder / "constraints.txt"),
-            f"{wanted} @ {own.as_uri()}",
+            f"{wanted} @ {own.as_uri()}", "pip",
         ]  # fmt: skip
         with console.step(f"fetching wheels for {arch}, Python {python}"):
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -133,6 +129,17 @@ def wheels(engines: set[str], arch: str, python: str) -> list[Path]:
             )
         done.touch()
     return [own, *sorted(p for p in folder.glob("*.whl") if not p.name.startswith("edgeft-"))]
+
+
+def platforms(arch: str) -> list[str]:
+    """Every tag of a wheel that runs on a Linux of GLIBC, the newest first."""
+    machine = MACHINES[arch]
+    old = {"amd64": 5, "arm64": 17}[arch]
+    legacy = ("manylinux2014", *(("manylinux2010", "manylinux1") if arch == "amd64" else ()))
+    return [
+        *(f"manylinux_2_{n}_{machine}" for n in range(GLIBC, old - 1, -1)),
+        *(f"{tag}_{machine}" for tag in legacy),
+    ]
 
 
 def lock(files: list[Path]) -> bytes:

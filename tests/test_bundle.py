@@ -222,6 +222,13 @@ def test_a_lock_has_the_hash_of_every_wheel(tmp_path):
     assert "\nnumpy==" in pins and "edgeft" not in pins and "+cpu" not in pins
 
 
+def test_tags_of_wheels_that_a_box_takes():
+    assert packages.platforms("arm64")[0] == "manylinux_2_36_aarch64" and packages.platforms("arm64")[-2:] == [
+        "manylinux_2_17_aarch64", "manylinux2014_aarch64"
+    ]  # fmt: skip
+    assert {"manylinux_2_5_x86_64", "manylinux1_x86_64"} <= set(packages.platforms("amd64"))
+
+
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
 def test_signatures(lock_only, tmp_path):
     for name in ("mine", "other"):
