@@ -12,39 +12,46 @@ STRENGTH = (MEASURED, LIST_PRICE, ASSUMED, NOT_KNOWN)
 
 @dataclass(frozen=True)
 class Cell:
-    """`tag` is the weakest of `rests_on`; `value` is None where something is missing, as `text` says."""
+    """`tag` is the weakest of `rests_on`; `value` is None where something is missing, as `text` says.
+
+    `evidence` are the ids of the figures that it was computed from; `range` is P10 and P90 where draws gave one.
+    """
 
     value: float | None
     text: str
     rests_on: tuple[str, ...]
-    note: str = ""
-    run: str | None = None  # the run that measured parts were measured in
+    evidence: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
 
     @property
     def tag(self) -> str:
         return max(self.rests_on, key=STRENGTH.index)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rests_on": list(self.rests_on), "tag": self.tag}
+        """The cell as plain JSON types; what is infinite becomes null, as the text says it in words."""
+        value = {
+            **asdict(self),
+            "rests_on": list(self.rests_on),
+            "evidence": list(self.evidence),
+            "tag": self.tag,
+        }
+        value["value"] = _finite(self.value)
+        value["range"] = [_finite(v) for v in self.range] if self.range else None
+        return value
 
 
-def not_known(why: str) -> Cell:
+def _finite(value: float | None) -> float | None:
+    return None if value is None or value in (float("inf"), float("-inf")) else float(value)
+
+
+def not_known(why: str, evidence: tuple[str, ...] = ()) -> Cell:
     """A cell that says what is missing; never zero."""
-    return Cell(None, f"not known: {why}", (NOT_KNOWN,))
-
-
-def derived(value: float | None, text: str, parts: list[Cell], *more: str, note: str = "") -> Cell:
-    """A cell computed from others: it rests on all that they rest on. Not known where one of them is not."""
-    for part in parts:
-        if part.tag == NOT_KNOWN:
-            return part
-    words = {word for part in parts for word in part.rests_on} | set(more)
-    runs = [part.run for part in parts if part.run]
-    return Cell(value, text, tuple(w for w in STRENGTH if w in words), note, runs[0] if runs else None)
+    return Cell(None, f"not known: {why}", (NOT_KNOWN,), evidence)
 
 
 def usd(value: float) -> str:
-    """Dollars, with digits where the amount is small."""
+    """Dollars, with digits where the amount is small and none where it is large."""
     if value != 0 and abs(value) < 0.01:
         return f"${value:.6f}".rstrip("0")
-    return f"${value:,.2f}"
+    sign = "-" if value < 0 else ""
+    return f"{sign}${abs(value):,.2f}" if abs(value) < 10_000 else f"{sign}${abs(value):,.0f}"

@@ -1,83 +1,101 @@
 """The arithmetic of cost, pure. Source of every formula: metrics.md, Cost.
 
-Money in USD, time in months of 730 hours unless the name says otherwise, rates per year as fractions.
+Money in USD, time in months of 730 hours unless the name says otherwise, rates per year as fractions. Every function takes
+numbers or numpy arrays of one shape (one entry a draw) and gives the same.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
+
+import numpy as np
 
 HOURS_PER_MONTH = 730.0
 SECONDS_PER_MONTH = HOURS_PER_MONTH * 3600
+Number = Any  # a float, or an array with one entry a draw
 
 
-def capital_recovery(rate: float, years: float) -> float:
+def capital_recovery(rate: Number, years: Number) -> Number:
     """CRF(r, n): the yearly payment that pays off 1 over `years` at `rate`; 1/n without interest."""
-    if rate == 0:
-        return 1 / years
-    growth = (1 + rate) ** years
-    return rate * growth / (growth - 1)
+    growth = (1 + np.asarray(rate, float)) ** years
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(growth == 1, 1 / np.asarray(years, float), rate * growth / (growth - 1))[()]
 
 
 def hardware_usd_per_month(
-    price_usd: float, residual_usd: float, rate: float, years: float, maintenance_per_year: float
-) -> float:
+    price_usd: Number, residual_usd: Number, rate: Number, years: Number, maintenance_per_year: Number
+) -> Number:
     """One unit a month: (P - RV/(1+r)^n) * CRF(r,n)/12 + P*maintenance/12."""
     capital = (price_usd - residual_usd / (1 + rate) ** years) * capital_recovery(rate, years) / 12
     return capital + price_usd * maintenance_per_year / 12
 
 
-def energy_kwh_per_month(units: int, load_w: float, idle_w: float, busy_share: float, pue: float) -> float:
+def energy_kwh_per_month(
+    units: Number, load_w: Number, idle_w: Number, busy_share: Number, pue: Number
+) -> Number:
     """units * [P_load*u + P_idle*(1-u)] W / 1000 * 730 h * PUE."""
     return units * (load_w * busy_share + idle_w * (1 - busy_share)) / 1000 * HOURS_PER_MONTH * pue
 
 
-def requests_per_second(requests_per_month: float) -> float:
+def requests_per_second(requests_per_month: Number) -> Number:
     """The mean over a month of 730 hours."""
     return requests_per_month / SECONDS_PER_MONTH
 
 
-def units_needed(peak_rps: float, rps_per_unit: float, headroom: float, spares: int) -> int:
+def units_needed(peak_rps: Number, rps_per_unit: Number, headroom: Number, spares: Number) -> Number:
     """ceil(peak_rps / (rps_at_SLO * (1 - headroom))) + spares; never fewer than one box."""
-    return max(1, math.ceil(round(peak_rps / (rps_per_unit * (1 - headroom)), 9))) + spares
+    exact = np.round(peak_rps / (rps_per_unit * (1 - headroom)), 9)  # a rounding error buys no box
+    return np.maximum(1, np.ceil(exact)) + spares
 
 
-def busy_share(requests_per_month: float, seconds_per_request: float, units: int) -> float:
+def busy_share(requests_per_month: Number, seconds_per_request: Number, units: Number) -> Number:
     """u: the share of the month in which a unit works, the load spread evenly; 1 at most."""
-    return min(1.0, requests_per_month * seconds_per_request / (SECONDS_PER_MONTH * units))
+    return np.minimum(1.0, requests_per_month * seconds_per_request / (SECONDS_PER_MONTH * units))
 
 
 def api_usd_per_request(
-    tokens_in: float, tokens_out: float, usd_per_mtok_in: float, usd_per_mtok_out: float
-) -> float:
-    """Tin*p_in + Tout*p_out, with prices in USD per million tokens."""
-    return (tokens_in * usd_per_mtok_in + tokens_out * usd_per_mtok_out) / 1e6
+    fresh: Number, read: Number, written: Number, out: Number,
+    usd_in: Number, usd_read: Number, usd_write: Number, usd_out: Number,
+) -> Number:  # fmt: skip
+    """Tfresh*p_in + Tread*p_read + Twrite*p_write + Tout*p_out, prices in USD per million tokens."""
+    return (fresh * usd_in + read * usd_read + written * usd_write + out * usd_out) / 1e6
 
 
-def api_usd_per_month(requests_per_month: float, retry_share: float, usd_per_request: float) -> float:
-    """Q * (1 + retry) * (Tin*p_in + Tout*p_out)."""
+def api_usd_per_month(requests_per_month: Number, retry_share: Number, usd_per_request: Number) -> Number:
+    """Q * (1 + retry) * USD a request, at today's prices."""
     return requests_per_month * (1 + retry_share) * usd_per_request
 
 
-def per_thousand(usd_per_month: float, count_per_month: float) -> float | None:
-    """USD per 1,000 of what a month serves; None where it serves none."""
-    return usd_per_month / count_per_month * 1000 if count_per_month > 0 else None
+def price_factor(fall_per_year: Number, month: float) -> Number:
+    """(1 - fall)^(t/12): prices `month` months from now over today's."""
+    return (1 - fall_per_year) ** (month / 12)
 
 
-def break_even_month(
-    capex_usd: float, own_cash_usd_per_month: float, api_usd_per_month: float, last_month: int
-) -> int | None:
-    """The first month at whose end the sum of API cost passes capex + the sum of cash opex, by simulation.
+def discount(rate: Number, month: float) -> Number:
+    """(1 + r)^(-t/12): what a dollar in `month` months is worth today."""
+    return (1 + rate) ** (-month / 12)
 
-    No capital recovery in the cash opex, or capex counts twice. None where it does not come by `last_month`.
+
+def per_thousand(usd: Number, count: Number) -> Number:
+    """USD per 1,000 of what a month serves; infinite where it serves none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return usd / np.asarray(count, float) * 1000
+
+
+def break_even_volume(
+    fixed_usd: float, usd_per_unit: float, capacity: float, saved_usd: float, spares: float = 0
+) -> float | None:
+    """The fewest requests a month at which hardware that grows by whole units is no dearer than paying for each request.
+
+    fixed_usd: a month whatever the number of units; usd_per_unit: a month of one; capacity: requests a month that one may
+    carry; saved_usd: what a request costs elsewhere less what it costs here beyond the units. k units carry (k - spares)*capacity
+    and break even at (fixed + k*unit)/saved, so the first k at which they can carry that. None where no number of units does.
     """
-    own, api = capex_usd, 0.0
-    for month in range(1, last_month + 1):
-        own += own_cash_usd_per_month
-        api += api_usd_per_month
-        if api > own:
-            return month
-    return None
+    if saved_usd <= 0 or saved_usd * capacity <= usd_per_unit:
+        return None
+    units = (fixed_usd + spares * usd_per_unit) / (saved_usd * capacity - usd_per_unit)
+    working = max(1.0, float(np.ceil(round(units, 9))))
+    return (fixed_usd + (working + spares) * usd_per_unit) / saved_usd
 
 
 def scaled_seconds(seconds: float, decode_seconds: float, bandwidth_ratio: float) -> float:

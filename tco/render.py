@@ -1,93 +1,133 @@
-"""The comparison as a table on the terminal, as Markdown and as JSON: the same cells each time."""
+"""The table on the terminal, as Markdown, CSV and JSON: the same cells each time."""
 
 from __future__ import annotations
 
+import csv
+import io
 from typing import Any
 
-from edgeft.tco.cells import Cell
-from edgeft.tco.costs import ROWS
+from edgeft.tco.cells import Cell, usd
+from edgeft.tco.figures import Figure, plain
+from edgeft.tco.inputs import INPUTS
+from edgeft.tco.table import ROWS
+from edgeft.tco.tabulate import Table
 
 TAGS = (
-    "measured: in the run named below; list price: as published; assumed: not measured, values below. "
-    "A cell is as strong as the weakest figure it is made of; the others follow in brackets."
+    "measured: in the run that the evidence names; list price: as published, with source and date; assumed: neither. A cell is as "
+    "weak as the weakest figure that it was computed from."
 )
 FORMULAS = (
-    "own = boxes * [(P - RV/(1+r)^n) * CRF(r,n)/12 + P*maintenance/12] + energy + other",
-    "energy = boxes * [load*u + idle*(1-u)] W / 1000 * 730 h * PUE * USD/kWh, with u = time busy",
-    "boxes = ceil(peak_rps / (rps*(1-headroom))) + spares, with rps = 1 / seconds a request: one request at a "
-    "time, so a lower bound of what a box can do until there is a concurrency sweep",
-    "API = requests * (1+retry) * (Tin*p_in + Tout*p_out); no cached, batch or long-context prices",
+    "own a month = boxes × [(P − RV/(1+r)ⁿ) × CRF(r,n)/12 + P × maintenance/12 + room + visits] + energy + staff + storage + other, "
+    "and data, training, quantizing again spread over their lives",
+    "energy = boxes × [load × u + idle × (1−u)] W / 1000 × 730 h × PUE × USD/kWh, with u = time busy",
+    "boxes = ceil(peak rps / (rps × (1 − headroom))) + spares; rps = concurrency gain / seconds of a request",
+    "API a month = requests × (1 + retry) × [Tfresh × p_in + Tread × p_read + Twrite × p_write + Tout × p_out] × (1 − fall)^(t/12)",
+    "routed = own boxes for what is tried there + (1−c) × [(1−s) + s × e] × API: c from the cache, s tried locally, e escalated, paid twice",
+    "break-even month: the first at whose end the rival has cost more in all, capital recovery left out; NPV: payments and what boxes "
+    "are still worth, at the cost of capital",
+    "an own box's $ per 1M tokens: prompts and answers by the time before and after the first token",
 )
+FORMATS = (".md", ".csv", ".json", ".html")
 
 
-def to_json(found: dict[str, Any]) -> dict[str, Any]:
-    """The comparison as plain JSON types."""
-    return {
-        "schema": "edgeft/tco@1",
-        **found,
-        "own": _plain(found["own"]),
-        "apis": {name: _plain(column) for name, column in found["apis"].items()},
-        "formulas": list(FORMULAS),
-    }
-
-
-def _plain(column: dict[str, Cell]) -> dict[str, Any]:
-    return {key: cell.to_dict() for key, cell in column.items()}
-
-
-def grid(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(column names, rows of texts): what both the terminal and Markdown show."""
-    columns = {f"{found['artifact']} on {found['profile']}": found["own"], **found["apis"]}
-    marks = {run: f"R{index}" for index, run in enumerate(found["runs"], 1)}
+def grid(table: Table) -> tuple[list[str], list[list[str]]]:
+    """(column names, rows of texts): what the terminal and Markdown show. A dash stands where a row has no meaning."""
+    columns = [c.title for c in table.scenario.columns.values()]
     rows = [
-        [title, *(_text(column.get(key), marks) for column in columns.values())]
-        for key, title in ROWS.items()
+        [title, *(shown(table.cells[name].get(key)) for name in table.scenario.columns)]
+        for key, title in titles(table).items()
+        if any(key in row for row in table.cells.values())
     ]
-    return ["a month", *columns], rows
+    cheaper = [f"{table.cheaper[n]:.0%}" if n in table.cheaper else "–" for n in table.scenario.columns]
+    rows.append(["cheaper than every API in time", *cheaper])
+    return ["", *columns], rows
 
 
-def _text(cell: Cell | None, marks: dict[str, str]) -> str:
+def titles(table: Table) -> dict[str, str]:
+    """Row -> its title."""
+    return {**ROWS, "npv_usd": f"{table.months}-month NPV of all payments"}
+
+
+def shown(cell: Cell | None) -> str:
+    """A cell's text, its range and its tag."""
     if cell is None:
-        return "-"
-    words = [cell.tag, *(word for word in cell.rests_on if word != cell.tag)]
-    if cell.run and "measured" in words:
-        words[words.index("measured")] += f" {marks[cell.run]}"
+        return "–"
     if cell.tag == "not known":
         return cell.text
-    return f"{cell.text} [{words[0]}{': ' if words[1:] else ''}{', '.join(words[1:])}]"
-
-
-def _under(found: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """What stands under the table: (heading, lines)."""
-    return [
-        ("Measured in", [f"R{index}: {run}" for index, run in enumerate(found["runs"], 1)]),
-        ("Assumed", [f"{a['name']} = {a['value']:,g} ({a['about']})" for a in found["assumptions"]]),
-        ("Notes", found["notes"]),
-        ("Formulas", list(FORMULAS)),
-        ("Tags", [TAGS]),
-    ]
-
-
-def terminal(found: dict[str, Any]) -> str:
-    """What stands under the table on a terminal."""
-    return "\n".join(
-        f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in _under(found) if lines
+    ends = (
+        f"\n({usd(cell.range[0])} to {usd(cell.range[1])})"
+        if cell.range and cell.text.startswith(("$", "-$"))
+        else ""
     )
+    return f"{cell.text}{ends}\n[{cell.tag}]"
 
 
-def markdown(found: dict[str, Any]) -> str:
+def grouped(table: Table) -> list[list[Figure]]:
+    """The evidence, figures of several columns that say the same together."""
+    groups: dict[tuple[str, ...], list[Figure]] = {}
+    for f in table.evidence.values():
+        groups.setdefault((f.id.rsplit(".", 1)[-1], f.shown, f.tag, f.text), []).append(f)
+    return list(groups.values())
+
+
+def evidence_line(group: list[Figure]) -> str:
+    """Figures that say the same, with their meaning and what they rest on: 'name (columns) = value [tag]: meaning; source'."""
+    first, name = group[0], group[0].id.rsplit(".", 1)[-1]
+    where = [f.id.rsplit(".", 1)[0] for f in group if "." in f.id]
+    of = f" ({', '.join(where)})" if where else ""
+    return f"{name}{of} = {first.shown} [{first.tag}]: {INPUTS[name].about}; {first.text}"
+
+
+def terminal(table: Table) -> str:
+    """What stands under the table on a terminal."""
+    lines = ["What must be true for each to win"]
+    lines += [f"  {table.scenario.columns[n].title}: {text}" for n, text in table.must.items()]
+    if table.tornado:
+        lines += [
+            "",
+            f"What moves the gain of {_title(table, table.local)} over {_title(table, table.rival)} most (P10 and P90 of each)",
+        ]
+        lines += [
+            f"  {b['id']} {plain(b['low'])} to {plain(b['high'])}: {usd(b['gain_low'])} to {usd(b['gain_high'])}"
+            for b in table.tornado
+        ]
+    lines += ["", "Evidence", *(f"  {evidence_line(g)}" for g in grouped(table)), "", f"  {TAGS}"]
+    return "\n".join(lines)
+
+
+def _title(table: Table, name: str | None) -> str:
+    return table.scenario.columns[name].title if name else ""
+
+
+def markdown(table: Table) -> str:
     """The whole comparison as a Markdown page, the answer first."""
-    columns, rows = grid(found)
-    lines = [
-        f"# {found['requests_per_month']:,g} requests a month: own box against API",
-        "",
-        *found["verdict"],
-        "",
-    ]
-    lines += [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *(_line(row) for row in rows)]
-    for title, texts in _under(found):
-        if texts:
-            lines += ["", f"## {title}", "", *(f"- {_safe(text)}" for text in texts)]
+    columns, rows = grid(table)
+    lines = [f"# {_safe(table.scenario.name)}", ""]
+    for sentence in table.verdict:
+        lines += [_safe(sentence), ""]
+    if table.scenario.about:
+        lines += [_safe(" ".join(table.scenario.about.split())), ""]
+    lines += [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
+    lines += [_line([cell.replace("\n", "<br>") for cell in row]) for row in rows]
+    lines += ["", "## What must be true for each to win", ""]
+    lines += [f"- {_safe(table.scenario.columns[n].title)}: {_safe(text)}" for n, text in table.must.items()]
+    if table.tornado:
+        lines += [
+            "",
+            f"## What moves the gain of {_safe(_title(table, table.local))} over {_safe(_title(table, table.rival))}",
+            "",
+        ]
+        lines += [
+            _line(["figure", "P10", "P90", "gain at P10", "gain at P90"]),
+            _line(["---", *["---:"] * 4]),
+        ]
+        lines += [
+            _line([b["id"], plain(b["low"]), plain(b["high"]), usd(b["gain_low"]), usd(b["gain_high"])])
+            for b in table.tornado
+        ]
+    lines += ["", "## Evidence", "", *(f"- {_safe(evidence_line(g))}" for g in grouped(table))]
+    lines += ["", "## Formulas", "", *(f"- {_safe(f)}" for f in FORMULAS), "", TAGS, ""]
+    lines += [f"{table.draws:,} draws, seed {table.seed}."]
     return "\n".join(lines) + "\n"
 
 
@@ -97,3 +137,55 @@ def _line(cells: list[str]) -> str:
 
 def _safe(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("$", "\\$")
+
+
+def to_csv(table: Table) -> str:
+    """One line a cell: column, row, value, P10, P90, tag, evidence, text. Empty where there is no number."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["column", "row", "value", "p10", "p90", "tag", "rests_on", "evidence", "text"])
+    for name, row in table.cells.items():
+        for key in ROWS:
+            if cell := row.get(key):
+                d = cell.to_dict()
+                low, high = d["range"] or ("", "")
+                words = " ".join(word.replace(" ", "-") for word in cell.rests_on)
+                value = "" if d["value"] is None else d["value"]
+                writer.writerow(
+                    [name, key, value, low, high, cell.tag, words, " ".join(cell.evidence), cell.text]
+                )
+    return out.getvalue()
+
+
+def to_json(table: Table) -> dict[str, Any]:
+    """The comparison as plain JSON types."""
+    s = table.scenario
+    return {
+        "schema": "edgeft/tco@2",
+        "name": s.name,
+        "date": s.date.isoformat(),
+        "verdict": table.verdict,
+        "local": table.local,
+        "rival": table.rival,
+        "months": table.months,
+        "columns": {
+            name: {
+                "title": c.title, "kind": c.kind, "batch": c.batch, "must_be_true": table.must.get(name),
+                "cheaper_share_of_draws": table.cheaper.get(name),
+                "cells": {key: cell.to_dict() for key, cell in table.cells[name].items()},
+                "cumulative_usd": dict(zip(("p10", "p50", "p90"), table.bands[name], strict=True)) if name in table.bands else None,
+            }
+            for name, c in s.columns.items()
+        },
+        "tornado": table.tornado,
+        "evidence": {i: _plain(f) for i, f in table.evidence.items()},
+        "formulas": list(FORMULAS),
+        "draws": table.draws,
+        "seed": table.seed,
+    }  # fmt: skip
+
+
+def _plain(figure: Figure) -> dict[str, Any]:
+    value = None if figure.value == float("inf") else figure.value
+    ends = list(figure.range) if figure.range else None
+    return {"value": value, "p10_p90": ends, "tag": figure.tag, "text": figure.text}

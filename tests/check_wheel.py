@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("cli", "compress", "bench", "router", "serve", "profiles", "tune", "tco", "engines.gguf")
+MODULES = ("cli", "compress", "bench", "router", "serve", "profiles", "tune", "tco", "deploy", "engines.gguf")
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
         names = zipfile.ZipFile(wheel).namelist()
         assert any(n.startswith("edgeft/profiles/boxes/") for n in names), "the profiles are not in the wheel"
         assert "edgeft/compress/recipes/edge-cpu.yaml" in names, "the recipes are not in the wheel"
+        assert "edgeft/tco/scenarios/support-desk.yaml" in names, "the scenarios are not in the wheel"
+        assert "edgeft/deploy/templates/box.sh" in names, "the scripts for a box are not in the wheel"
         assert "edgeft/bench/report.schema.json" in names, "the schema of report.json is not in the wheel"
         assert not any(n.split("/")[0] in ("bench", "compress", "router", "serve") for n in names), (
             "a generic name leaks"

@@ -25,6 +25,8 @@ COMMANDS = {
     "route": "Fit and use a routing policy.",
     "serve": "Serve a policy as an OpenAI-compatible proxy.",
     "tco": "Show what own hardware and API calls cost.",
+    "bundle": "Pack artefacts into one file that a box installs and serves.",
+    "deploy": "Bring a bundle onto boxes over ssh.",
 }
 
 

@@ -1,0 +1,73 @@
+#!/bin/sh
+# The service of this bundle: sh service.sh PREFIX start|stop|restart|wait SECONDS|state
+# Under systemd (root, or a user's own manager) by the unit, else as a process in the background.
+set -eu
+prefix=$1
+what=$2
+here=$(cd "$(dirname "$0")" && pwd -P)
+pidfile=$prefix/run/serve.pid
+log=$prefix/run/serve.log
+export EDGEFT_HOME="$prefix/home"
+
+systemd=""
+if [ -d /run/systemd/system ] && command -v systemctl >/dev/null; then
+    if [ "$(id -u)" = 0 ]; then systemd="systemctl"; units=/etc/systemd/system
+    elif systemctl --user show-environment >/dev/null 2>&1; then systemd="systemctl --user"; units=$HOME/.config/systemd/user
+    fi
+fi
+alive() { [ -f "$pidfile" ] && kill -0 "$(cat "$pidfile")" 2>/dev/null; }
+ask() {
+    "$prefix/venvs/@venv/bin/python" -c '
+import sys, urllib.request
+try:
+    sys.exit(urllib.request.urlopen(sys.argv[1], timeout=2).status != 200)
+except Exception:
+    sys.exit(1)' "http://127.0.0.1:@port$1"
+}
+
+case $what in
+start)
+    mkdir -p "$prefix/run" "$EDGEFT_HOME"
+    if [ -n "$systemd" ]; then
+        mkdir -p "$units"
+        wanted=default.target; [ "$(id -u)" = 0 ] && wanted=multi-user.target
+        sed -e "s|%PREFIX%|$prefix|g" -e "s|%WANTED%|$wanted|" "$here/edgeft.service" > "$units/edgeft.service"
+        $systemd daemon-reload
+        $systemd enable --quiet edgeft.service
+        $systemd restart edgeft.service
+    elif ! alive; then
+        cd "$prefix"
+        # its own session, and no descriptor of the caller's: ssh would wait for them
+        setsid "$prefix/venvs/@venv/bin/python" -m edgeft serve --policy current/policy --artifacts current/artifacts \
+            --cache "$prefix/cache" @serve </dev/null >"$log" 2>&1 &
+        echo $! > "$pidfile"
+    fi ;;
+stop)
+    if [ -n "$systemd" ]; then
+        $systemd stop edgeft.service 2>/dev/null || true
+    elif alive; then
+        pid=$(cat "$pidfile")
+        kill "$pid" 2>/dev/null || true
+        n=0
+        while kill -0 "$pid" 2>/dev/null && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done
+        kill -9 "$pid" 2>/dev/null || true
+    fi
+    rm -f "$pidfile" ;;
+restart)
+    sh "$0" "$prefix" stop
+    sh "$0" "$prefix" start ;;
+wait)
+    n=0
+    limit=$((${3:-120} * 5))
+    until ask /health/ready; do
+        if [ -z "$systemd" ] && ! alive; then echo "its process has ended; see $log" >&2; exit 1; fi
+        n=$((n + 1))
+        [ $n -lt $limit ] || { echo "not ready within ${3:-120} s; see $log" >&2; exit 1; }
+        sleep 0.2
+    done ;;
+state)
+    if ask /health/ready; then echo ready; elif ask /health/live; then echo loading; else echo down; fi ;;
+*)
+    echo "service.sh: start, stop, restart, wait or state, not '$what'" >&2
+    exit 2 ;;
+esac

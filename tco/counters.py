@@ -1,0 +1,75 @@
+"""The counters of `edgeft serve`: where requests went, what the cache answered, how long the first token took."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from edgeft.errors import EnvironmentFault, UsageError
+
+LINE = re.compile(r"^(edgeft_\w+)(?:\{([^}]*)\})? ([0-9.eE+-]+|\+Inf|NaN)$")
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+HINT = "curl -s http://127.0.0.1:8080/metrics > metrics.txt, from a proxy that has served real requests"
+Samples = list[tuple[str, dict[str, str], float]]
+
+
+def read_counters(place: str) -> Samples:
+    """(name, labels, value) of every sample of a file in Prometheus' form, or of a running proxy's /metrics.
+
+    Raises UsageError where there is no such file or nothing of edgeft's in it, EnvironmentFault where the proxy does not answer.
+    """
+    if place.startswith(("http://", "https://")):
+        import httpx
+
+        try:
+            answer = httpx.get(
+                place if place.endswith("/metrics") else f"{place.rstrip('/')}/metrics", timeout=10
+            )
+            answer.raise_for_status()
+            text = answer.text
+        except httpx.HTTPError as error:
+            raise EnvironmentFault(
+                f"{place} gives no counters: {error}.", "edgeft serve --policy policy/"
+            ) from None
+    else:
+        path = Path(place)
+        if not path.is_file():
+            raise UsageError(f"there is no file {place}.", HINT)
+        text = path.read_text(encoding="utf-8", errors="replace")
+    found = []
+    for line in text.splitlines():
+        if hit := LINE.match(line.strip()):
+            found.append((hit[1], dict(LABEL.findall(hit[2] or "")), float(hit[3].replace("+Inf", "inf"))))
+    if not any(name == "edgeft_requests_total" for name, _, _ in found):
+        raise UsageError(f"{place} holds no counters of edgeft serve.", HINT)
+    return found
+
+
+def shares(samples: Samples, local_id: str | None) -> dict[str, Any]:
+    """{answer_cache_share, local_share, n_cache, n_routed, routes} of what was answered well (status 200).
+
+    `local_id` is the route that counts as local; None: every route whose id names no API. A share is None where nothing was
+    counted. Hits of the cache are no requests to a candidate.
+    """
+    looked = {
+        k: sum(v for n, labels, v in samples if n == "edgeft_cache_total" and labels.get("result") == k)
+        for k in ("hit", "miss")
+    }
+    routes: dict[str, float] = {}
+    for name, labels, value in samples:
+        if name == "edgeft_requests_total" and labels.get("status") == "200":
+            routes[labels.get("route", "")] = routes.get(labels.get("route", ""), 0.0) + value
+    here = sum(
+        v
+        for r, v in routes.items()
+        if (r == local_id if local_id else not r.startswith(("openai:", "litellm:")))
+    )
+    served, asked = sum(routes.values()), sum(looked.values())
+    return {
+        "answer_cache_share": looked["hit"] / served if served else None,
+        "local_share": here / served if served else None,
+        "n_looked": asked,
+        "n_served": served,
+        "routes": routes,
+    }
