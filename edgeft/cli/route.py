@@ -39,11 +39,12 @@ def fit_command(
     Learns from the items that both models answered which requests gain from the strong one, chooses
     the threshold on items that the fit did not see, and says whether routing is worth it.
     """
-    from edgeft.router import fit
+    from edgeft.router import Options, fit
 
-    policy = fit(reports, weak, strong, out, max_loss / 100, allow_seen_rows).policy
+    options = Options(max_loss=max_loss / 100, allow_seen_rows=allow_seen_rows)
+    policy = fit(reports, [weak, strong], out, options).policy
     shown = {k: v for k, v in policy.to_dict().items() if k != "seen_rows"}
-    _table(policy.fitted["figures"], policy.weak["id"], policy.strong["id"])
+    _table(policy.fitted["figures"], policy.candidates[0]["id"], policy.candidates[-1]["id"])
     if policy.fitted["n_unscored"]:
         console.note(f"{policy.fitted['n_unscored']} item(s) without a score were left out")
     console.result({"path": str(out), **shown}, f"{policy.fitted['verdict']}\n{out}")
@@ -73,7 +74,7 @@ def decide_command(policy: Path, text: str) -> None:
     from edgeft.router import decide, load_policy
 
     decision = decide(load_policy(policy), text)
-    console.result(asdict(decision), f"{decision.choice} ({decision.role}): {decision.reason}")
+    console.result(asdict(decision), f"{decision.choice}: {decision.reason}")
 
 
 def _table(found: dict[str, Any], weak: str, strong: str) -> None:
