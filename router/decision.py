@@ -77,7 +77,7 @@ def decide(
         removed=removed,
         fallbacks=tuple(found.names[i] for i in order),
         private=private is not None,
-        certified=_certified(policy, state, settings, removed),
+        certified=_certified(policy, asked, state, settings, removed),
         explored=explored,
     )
 
@@ -215,7 +215,11 @@ def _explore(
 
 
 def _certified(
-    policy: LoadedPolicy, state: State, settings: Mapping[str, Any], removed: Mapping[str, str]
+    policy: LoadedPolicy,
+    request: Request,
+    state: State,
+    settings: Mapping[str, Any],
+    removed: Mapping[str, str],
 ) -> bool:
     """True where the rule that chose is the one that was certified: nothing moved it."""
     held = policy.certificate
@@ -225,6 +229,7 @@ def _certified(
         and not is_suspended(policy, state)
         and state.price_of_cost is None
         and not removed
+        and not (settings["sticky"] and request.previous is not None)
         and all(
             settings[n] == policy.policy.rule.get(n, rule.DEFAULTS[n])
             for n in ("floor", "max_cost", "max_latency_s")

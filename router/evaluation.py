@@ -9,6 +9,7 @@ import numpy as np
 
 from edgeft.router.costs import cost_of
 from edgeft.router.curves import aiq, hull, interval, routing_figures
+from edgeft.router.duplicates import near
 from edgeft.router.figures import loss_choices, mix_figures, picked, thresholds, tradeoff_choices, verdict
 from edgeft.router.heads import output_tokens, read, scores_of
 from edgeft.router.policy import LoadedPolicy
@@ -41,6 +42,7 @@ def report_of(policy: LoadedPolicy, joined: Joined, places: list[str]) -> dict[s
         },
         "two_ends": two_ends(scores, quality),
         "frontier": frontier(policy, scores, costs, quality),
+        "near_duplicates": near_duplicates(policy, joined.items),
         "groups": groups(joined.items, quality, choice),
         "worth_it": worth_it,
         "verdict": sentence,
@@ -122,6 +124,26 @@ def frontier(
         "aiq_of_singles": aiq(*(list(v) for v in zip(*singles, strict=True))),
         "hull_of_singles": hull(*(list(v) for v in zip(*singles, strict=True))),
     }
+
+
+def near_duplicates(policy: LoadedPolicy, items: Sequence[Item]) -> dict[str, Any]:
+    """Items that are near-duplicates of rows which the heads were fitted on: a figure on them flatters."""
+    seen = policy.arrays.get("seen.signatures")
+    if seen is None:
+        return {
+            "n": None,
+            "first": [],
+            "notes": ["near-duplicates: not looked for, the policy keeps no signatures"],
+        }
+    found = [
+        item.item_id for item, same in zip(items, near([i.request for i in items], seen), strict=True) if same
+    ]
+    notes = (
+        [f"{len(found)} of {len(items)} items are near-duplicates of fitting rows (first: '{found[0]}')"]
+        if found
+        else []
+    )
+    return {"n": len(found), "first": found[:10], "notes": notes}
 
 
 def groups(items: Sequence[Item], quality: np.ndarray, choice: np.ndarray) -> dict[str, dict[str, Any]]:

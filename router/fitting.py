@@ -18,14 +18,16 @@ import numpy as np
 
 from edgeft.errors import UsageError, unknown
 from edgeft.router import costs, privacy, ridge, rule
+from edgeft.router.duplicates import signatures
 from edgeft.router.features import SPEC, matrix
-from edgeft.router.figures import choose_loss_threshold, loss_choices, mix_figures, verdict
+from edgeft.router.figures import choose_loss_threshold, loss_choices, mix_figures, thresholds, verdict
 from edgeft.router.heads import read, scores_of
 from edgeft.router.policy import LoadedPolicy, save_policy
 from edgeft.router.reports import Item, Joined, join, names_in, refuse_used, used_before
 from edgeft.types import Policy
 
 FOLDS = 5
+GRID_POINTS = 150  # rules that a certificate may choose among
 SEEN = "fit router"
 
 
@@ -95,6 +97,7 @@ def fit(
             "n_unscored": joined.unscored,
             "heads": heads,
             "max_loss": options.max_loss,
+            "grid": grid_of(scores),
             "threshold_rule": "smallest share to the strongest whose mean score is within max_loss of the strongest's",
             "share_strong_at_threshold": float(np.mean(loss_choices(scores, threshold) == len(names) - 1)),
             "figures_of": f"the threshold items, each by a threshold chosen without it ({FOLDS} folds)",
@@ -143,6 +146,7 @@ def fit_heads(
         "text.weights": np.float32([f.weights for f in fitted]),
         "text.bias": np.float32([f.bias for f in fitted]),
         "seen.columns": (x != 0).any(0).astype(np.uint8),
+        "seen.signatures": signatures([item.request for item in items]),
     }
     said: dict[str, Any] = {
         "kind": "ridge on the first score and the gains over it",
@@ -173,7 +177,8 @@ def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Se
     if features.get("embedding"):
         from edgeft.router.embedding import blended, load_encoder
 
-        outputs = blended(tensors, outputs, load_encoder(features["embedding"]), texts)
+        spec = features["embedding"]
+        outputs = blended(tensors, spec, outputs, load_encoder(spec), texts)
     gains = np.clip(outputs[:, 1:], -1.0, 1.0)
     return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])
 
@@ -189,7 +194,7 @@ def ordered(joined: Joined, settings: Mapping[str, Any]) -> Joined:
     means = joined.quality.mean(0)
     if settings["unit"] == "usd":
         best = max(range(len(price)), key=lambda i: (means[i], price[i]))
-        order = sorted((i for i in range(len(price)) if i != best), key=lambda i: (price[i], i)) + [best]
+        order = [*sorted((i for i in range(len(price)) if i != best), key=lambda i: (price[i], i)), best]
     else:
         order = list(range(len(price)))  # as given
     items = [
@@ -209,6 +214,12 @@ def halves(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     while cut < len(in_order) - 1 and in_order[cut].request == in_order[cut - 1].request:
         cut += 1
     return in_order[:cut], in_order[cut:]
+
+
+def grid_of(scores: np.ndarray) -> list[float]:
+    """The thresholds that a certificate may choose among, strict to lax: set here, before its rows are seen."""
+    found = thresholds(scores, GRID_POINTS)
+    return [rule.ALWAYS_STRONG, *found.tolist(), rule.ALWAYS_WEAK]
 
 
 def _cross_fitted(

@@ -45,14 +45,12 @@ def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     ]
     if features.embedding is None or "blend" not in policy.arrays:
         return text
-    from edgeft.router.embedding import head_outputs
+    import numpy as np
 
-    blend = policy.arrays["blend"]
-    others = head_outputs(policy.arrays, features.embedding)
-    return [
-        float(blend[0, i] * text[i] + sum(b * o[i] for b, o in zip(blend[1:, i], others, strict=True)))
-        for i in range(len(text))
-    ]
+    from edgeft.router.embedding import mix
+
+    spec = policy.policy.features["embedding"]
+    return mix(policy.arrays, spec, features.embedding[None], np.array([text]))[0].tolist()
 
 
 def scores_of(policy: LoadedPolicy, features: Features) -> list[float]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgeft.errors import UsageError, missing_extra
 from edgeft.files import read_json, sha256_file, sha256_json, staged_folder, write_json
 from edgeft.router import privacy, rule
@@ -19,13 +21,23 @@ from edgeft.types import Policy
 
 MANIFEST, WEIGHTS, CERTIFICATE = "policy.json", "weights.safetensors", "certificate.json"
 FIT_AGAIN = "edgeft route fit report/ --weak ID --strong ID --out policy/"
-# K candidates, D hashed columns, E dimensions of the embedding, n rows kept for neighbours. Float32 where not said.
+# K candidates, D hashed columns, E dimensions of the embedding, m landmarks, n fitting rows. Float32 where not said.
 # Column 0 of an output is the cheapest candidate's score; column i the gain of candidate i over it.
 TENSORS = {
-    "text.weights": "[K, D]", "text.bias": "[K]", "tokens.weights": "[K, D], of log(1 + output tokens)", "tokens.bias": "[K]",
-    "embedding.weights": "[K, E]", "embedding.bias": "[K]", "memory.vectors": "float16 [n, E]", "memory.targets": "[n, K]",
-    "memory.coefficients": "[n, K]", "blend": "[heads, K]", "seen.columns": "uint8 [D], 1 where a training row had the column",
-}  # fmt: skip
+    "text.weights": "[K, D]",
+    "text.bias": "[K]",
+    "tokens.weights": "[K, D], of log(1 + output tokens)",
+    "tokens.bias": "[K]",
+    "landmark.vectors": "[m, E]",
+    "landmark.weights": "[m, K]",
+    "landmark.bias": "[K]",
+    "memory.vectors": "float16 [n, E]",
+    "memory.targets": "[n, K]",
+    "blend": "[heads, K], heads: hashed, kernel, neighbours",
+    "blend.means": "[K]",
+    "seen.columns": "uint8 [D], 1 where a fitting row had the column",
+    "seen.signatures": "uint32 [n, 32], MinHash of the fitting rows",
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,6 @@ def policy_sha256(policy: Policy) -> str:
 
 def save_policy(policy: Policy, tensors: dict[str, Any], out: Path) -> LoadedPolicy:
     """Write the folder whole or not at all; returns the policy as it reads back."""
-    import numpy as np
-
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no policy; it is left alone.", "--out policy/")
     save_file = _safetensors().save_file
@@ -99,6 +109,10 @@ def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
         tensors["seen.columns"] = tensors["seen.columns"].tobytes()
     if "tokens.weights" in tensors:
         tensors["tokens.weights"] = tuple(map(tuple, tensors["tokens.weights"].tolist()))
+    if "memory.vectors" in tensors:
+        tensors["memory.vectors"] = tensors["memory.vectors"].astype(
+            np.float32
+        )  # once, not at every decision
     return LoadedPolicy(
         policy, tuple(map(tuple, weights.tolist())), tuple(bias.tolist()), tensors, read_certificate(folder, policy), encoder
     )  # fmt: skip

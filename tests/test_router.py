@@ -375,8 +375,8 @@ def test_cli_prints_figures_and_json(tmp_path, capsys, monkeypatch):
     assert cli(["route", "decide", policy, "a refund", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["choice"] == "strong"
     other = write_report(tmp_path / "r2", by_word(300, 2))
-    assert cli(["route", "evaluate", policy, str(other), "--json"]) == 0
+    assert cli(["route", "eval", policy, str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["worth_it"] is True
-    assert cli(["route", "evaluate", policy, str(report)]) == 2
+    assert cli(["route", "eval", policy, str(report)]) == 2
     problem = capsys.readouterr().err.splitlines()
     assert len(problem) == 2 and problem[0].startswith("Error: 300 item(s) were used to fit router already")
