@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from edgeft.router.certificate import (
     upper_bound,
 )
 from edgeft.router.decision import decide, removed_for
+from edgeft.router.evaluation import escalated_drafts
 from edgeft.router.fitting import same_candidates
 from edgeft.router.heads import read
 from edgeft.router.policy import (
@@ -38,20 +40,38 @@ from edgeft.router.reports import Item, refuse_used
 
 SCHEMA = "edgeft/certificate@1"
 SEEN = "certify"
+LEAST_GRADES = 100
 
 
 def calibrate(
-    folder: Path, places: Sequence[Path], alpha: float = 0.05, delta: float = 0.1, temperature: float = 0.0
+    folder: Path,
+    places: Sequence[Path],
+    alpha: float = 0.05,
+    delta: float = 0.1,
+    temperature: float = 0.0,
+    judged: Path | None = None,
 ) -> dict[str, Any]:
     """Certify the policy in `folder`: move its rule to the laxest certified one, write certificate.json, and return it.
 
-    `temperature` is that of the reports' answers, and of serving. Raises UsageError for rows seen before and changed artefacts,
-    Inconclusive where n is too small or no rule that keeps anything can be certified; the policy then stays as it was.
+    `temperature` is that of the reports' answers, and of serving. `judged` is a JSONL of rows that a judge model and a person graded: the
+    scores are then the judge's, half of delta bounds the losses that it misses, and that bound comes off alpha.
+
+    Raises UsageError for rows seen before and changed artefacts, Inconclusive where n is too small or no rule that keeps anything
+    can be certified; the policy then stays as it was.
     """
     for name, value in (("--alpha", alpha), ("--delta", delta)):
         if not 0 < value < 1:
             raise UsageError(f"{name} {value:g} is not between 0 and 1.", f"{name} 0.05")
     policy = load_policy(folder)
+    asked, missed = {"alpha": alpha, "delta": delta}, None
+    if judged is not None:
+        missed = missed_losses(judged, delta / 2)
+        alpha, delta = alpha - missed["bound"], delta / 2
+        if alpha <= 0:
+            raise Inconclusive(
+                f"the judge may miss losses in {missed['bound']:.1%} of rows, which is more than alpha {asked['alpha']:g} allows.",
+                "more human grades, a better judge, or a larger --alpha",
+            )
     joined = same_candidates(policy, places)
     refuse_used(joined.items, policy.policy.seen_rows, "certify the policy")
     items = [item for item in joined.items if not removed_for(policy, item.request)]
@@ -83,8 +103,8 @@ def calibrate(
     certificate = {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "alpha": alpha,
-        "delta": delta,
+        **asked,
+        "judge": missed,
         "n": n,
         "n_left_out": len(joined.items) - n,
         "promise": "share of requests kept from the strongest candidate that score less than its answer would",
@@ -92,7 +112,7 @@ def calibrate(
         "rules_tested": len(grid),
         "rules_certified": held,
         "losses": int(lost[last].sum()),
-        "bound": upper_bound(int(lost[last].sum()), n, delta),
+        "bound": upper_bound(int(lost[last].sum()), n, delta) + (missed["bound"] if missed else 0.0),
         "share_kept": float(kept[last].mean()),
         "share_kept_random": random_share(quality, alpha),
         "share_kept_full_knowledge": full_knowledge_share(kept.mean(1), lost.mean(1), alpha),
@@ -117,13 +137,39 @@ def choices_by_rule(
     place = {name: index for index, name in enumerate(policy.candidates)}
     found = np.zeros((len(grid), len(items)), int)
     features = [read(policy, item.request) for item in items]
+    escalated = escalated_drafts(policy, items)
     for row, value in enumerate(grid):
         rule = {**policy.policy.rule, setting: value}
         # Without the certificate in force: what is tested is the rule, not its suspension.
         variant = replace(policy, policy=replace(policy.policy, rule=rule), certificate=None)
         for column, (item, known) in enumerate(zip(items, features, strict=True)):
-            found[row, column] = place[decide(variant, item.request, features=known).choice]
+            chosen = place[decide(variant, item.request, features=known).choice]
+            found[row, column] = len(place) - 1 if chosen == 0 and escalated[column] else chosen
     return found
+
+
+def missed_losses(path: Path, delta: float) -> dict[str, Any]:
+    """How often a judge sees no loss where a person does: {n, missed, bound at 1 - delta}, from lines {"judge_loss": 0 or 1,
+    "human_loss": 0 or 1} of rows drawn at random. Raises UsageError below LEAST_GRADES lines or for other lines."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}.", f"ls {path.parent}")
+    pairs = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if text.strip():
+            try:
+                line = json.loads(text)
+                pairs.append((bool(line["judge_loss"]), bool(line["human_loss"])))
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UsageError(
+                    f"{path} line {number} lacks judge_loss or human_loss.", f"sed -n {number}p {path}"
+                ) from None
+    if len(pairs) < LEAST_GRADES:
+        raise UsageError(
+            f"{path} holds {len(pairs)} rows that a person graded; {LEAST_GRADES} are the least.",
+            "grade more rows",
+        )
+    missed = sum(human and not judge for judge, human in pairs)
+    return {"n": len(pairs), "missed": missed, "bound": upper_bound(missed, len(pairs), delta)}
 
 
 def suspend(folder: Path, because: str | None) -> dict[str, Any]:

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeft.router import kernel
 from edgeft.router.drafts import FEATURES, Draft, checks, features
 from edgeft.router.figures import choose_threshold
+from edgeft.router.request import Request, as_request
+
+if TYPE_CHECKING:
+    from edgeft.router.policy import LoadedPolicy
+    from edgeft.types import Decision
 
 WIDTHS = (15.0, 40.0, 100.0, 250.0)  # of standardised features
 MUST_HOLD = ("json_schema", "label")  # a draft that fails one of these is never kept
@@ -86,6 +91,37 @@ def judge_draft(
         gain,
         f"{'kept' if keep else 'escalated'}: predicted gain {gain:+.3f}, threshold {judge.threshold:+.3f}",
     )
+
+
+def judge(
+    policy: LoadedPolicy, request: Request | str, draft: Draft, decision: Decision,
+    schema: Mapping[str, Any] | None = None, labels: Sequence[str] = (),
+) -> Verdict:  # fmt: skip
+    """Keep or escalate the draft of a request that `decide` sent to a candidate that may draft (`drafts(policy, decision)`). Where nobody
+    stronger is allowed the draft is kept."""
+    asked = as_request(request)
+    stronger = strongest_allowed(policy, decision)
+    return judge_draft(
+        policy.judge, asked.text, draft, may_escalate=stronger is not None, schema=schema, labels=labels
+    )
+
+
+def drafts(policy: LoadedPolicy, decision: Decision) -> bool:
+    """True where the choice's answer is to be judged before it is sent: it is the policy's drafter and not the strongest allowed."""
+    block = policy.policy.features.get("cascade")
+    return (
+        block is not None
+        and decision.choice == block["draft"]
+        and strongest_allowed(policy, decision) is not None
+    )
+
+
+def strongest_allowed(policy: LoadedPolicy, decision: Decision) -> str | None:
+    """Who a draft is escalated to: the last of the candidates that were not removed, None where that is the choice itself."""
+    last = next(
+        name for name in reversed(policy.candidates) if name == decision.choice or name in decision.fallbacks
+    )
+    return None if last == decision.choice else last
 
 
 def first(

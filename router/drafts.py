@@ -19,7 +19,8 @@ LEFT = re.compile(r"[\d.,()\s+\-*/x×÷%$]+$")  # what may stand left of an equa
 RIGHT = re.compile(r"\s*(?:<<[^>]{0,80}>>)?\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
 MAX_LEFT = 120  # characters: bounds the time on a hostile draft
 OPERATORS: dict[type, Any] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
 HEDGES = re.compile(
     r"\b(?:however|but|assum\w+|let's|denote|equation|closest|approximately|rounded|suppose|unknown)\b",

@@ -25,6 +25,8 @@ def report_of(policy: LoadedPolicy, joined: Joined, places: list[str]) -> dict[s
     names = [c["id"] for c in stored.candidates]
     scores, costs = scores_and_costs(policy, joined.items)
     choice = choices(policy, scores, costs)
+    drafted = (choice == 0) & np.array(escalated_drafts(policy, joined.items))  # these pay twice
+    choice = np.where(drafted, len(names) - 1, choice)
     found = mix_figures(quality, choice, names)
     worth_it, sentence = verdict(found, stored.fitted["max_loss"])
     return {
@@ -35,9 +37,10 @@ def report_of(policy: LoadedPolicy, joined: Joined, places: list[str]) -> dict[s
         "n_unscored": joined.unscored,
         "threshold": stored.rule["threshold"],
         "figures": found,
+        "escalated_drafts": float(drafted.mean()),
         "cost_unit": stored.cost.get("unit"),
         "cost_per_request": {
-            "policy": float(picked(costs, choice).mean()),
+            "policy": float((picked(costs, choice) + drafted * costs[:, 0]).mean()),
             "always": dict(zip(names, costs.mean(0).tolist(), strict=True)),
         },
         "two_ends": two_ends(scores, quality),
@@ -64,6 +67,18 @@ def scores_and_costs(policy: LoadedPolicy, items: Sequence[Item]) -> tuple[np.nd
             ]
         )
     return np.array(scores), np.array(costs)
+
+
+def escalated_drafts(policy: LoadedPolicy, items: Sequence[Item]) -> list[bool]:
+    """Which items' drafts the policy's judge would escalate; none where the policy does not draft."""
+    from edgeft.router.cascade import judge_draft
+    from edgeft.router.fitting import draft_of
+
+    block = policy.policy.features.get("cascade")
+    if block is None:
+        return [False] * len(items)
+    second = list(policy.candidates).index(block["second"]) if block["second"] else None
+    return [not judge_draft(policy.judge, item.request, draft_of(item, second)).keep for item in items]
 
 
 def choices(policy: LoadedPolicy, scores: np.ndarray, costs: np.ndarray) -> np.ndarray:

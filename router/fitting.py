@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from edgeft.errors import UsageError, unknown
 from edgeft.router import costs, privacy, ridge, rule
+from edgeft.router.drafts import Draft
 from edgeft.router.duplicates import signatures
 from edgeft.router.features import SPEC, matrix
 from edgeft.router.figures import choose_loss_threshold, loss_choices, mix_figures, thresholds, verdict
@@ -47,6 +48,9 @@ class Options:
     privacy: Mapping[str, Any] = field(default_factory=dict)
     rule: Mapping[str, Any] = field(default_factory=dict)  # settings beside the one that is chosen here
     encoder: Path | None = None  # folder of `edgeft route encoder`
+    cascade: bool = (
+        False  # fit a judge of the cheapest candidate's drafts, and of a second local one's agreement
+    )
     far_share: float = 0.0  # share of fitting rows that would count as far: sets rule.far
 
 
@@ -71,6 +75,9 @@ def fit(
         refuse_used(joined.items, before, "fit a router")
     to_fit, to_choose = halves(joined.items)
     tensors, heads, features = fit_heads(to_fit, options)
+    if options.cascade:
+        more, features["cascade"] = fit_cascade(to_fit, joined.candidates, options.max_loss)
+        tensors |= more
     scores = predicted(tensors, features, to_choose)
     quality = np.array([item.scores for item in to_choose])
     threshold = choose_loss_threshold(scores, quality, options.max_loss)
@@ -165,6 +172,37 @@ def fit_heads(
     return tensors, said, features
 
 
+def fit_cascade(
+    items: Sequence[Item], candidates: Sequence[Mapping[str, Any]], max_loss: float
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, manifest block) of a judge over the cheapest candidate's drafts. Where the next cheapest is local too and is not
+    the strongest, its agreement is a feature. Raises UsageError where the reports hold no answers."""
+    from edgeft.router.cascade import fit_judge, judge_tensors
+
+    second = 1 if len(candidates) > 2 and not candidates[1].get("remote") else None
+    rows = [(item.request, draft_of(item, second)) for item in items]
+    quality = np.array([item.scores for item in items])
+    judge = fit_judge(rows, quality[:, -1] - quality[:, 0], quality[:, 0], max_loss)
+    tensors, block = judge_tensors(judge)
+    return tensors, {
+        **block,
+        "draft": candidates[0]["id"],
+        "second": None if second is None else candidates[second]["id"],
+    }
+
+
+def draft_of(item: Item, second: int | None) -> Draft:
+    """The cheapest candidate's answer as a draft. Raises UsageError where the item holds none."""
+    text = item.outputs[0] if item.outputs else None
+    if text is None:
+        raise UsageError(
+            f"the item '{item.item_id}' holds no answer, which a cascade is fitted on.",
+            "edgeft bench …, without --cascade",
+        )
+    other = item.outputs[second] if second is not None else None
+    return Draft(text, None, item.logprobs[0] if item.logprobs else None, other)
+
+
 def targets_of(quality: np.ndarray) -> np.ndarray:
     """What the heads learn: column 0 as it is, the others less column 0."""
     return np.column_stack([quality[:, 0], quality[:, 1:] - quality[:, :1]])
@@ -197,13 +235,20 @@ def ordered(joined: Joined, settings: Mapping[str, Any]) -> Joined:
         order = [*sorted((i for i in range(len(price)) if i != best), key=lambda i: (price[i], i)), best]
     else:
         order = list(range(len(price)))  # as given
+
+    def moved(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[k] for k in order) if values else ()
+
     items = [
-        Item(
-            i.item_id, i.hashes, i.request, tuple(i.scores[k] for k in order), tuple(i.output_tokens[k] for k in order),
-            i.prompt_tokens, i.group,
+        replace(
+            item,
+            scores=moved(item.scores),
+            output_tokens=moved(item.output_tokens),
+            outputs=moved(item.outputs),
+            logprobs=moved(item.logprobs),
         )
-        for i in joined.items
-    ]  # fmt: skip
+        for item in joined.items
+    ]
     return Joined([joined.candidates[k] for k in order], items, joined.unscored)
 
 

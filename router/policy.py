@@ -35,6 +35,7 @@ TENSORS = {
     "memory.targets": "[n, K]",
     "blend": "[heads, K], heads: hashed, kernel, neighbours",
     "blend.means": "[K]",
+    "judge.landmarks, .weights, .bias, .mean, .scale": "the judge of drafts: router/cascade.py",
     "seen.columns": "uint8 [D], 1 where a fitting row had the column",
     "seen.signatures": "uint32 [n, 32], MinHash of the fitting rows",
 }
@@ -51,6 +52,7 @@ class LoadedPolicy:
     bias: tuple[float, ...]
     arrays: dict[str, Any] = field(default_factory=dict, compare=False)  # the other tensors, by their names
     certificate: dict[str, Any] | None = None
+    judge: Any = field(default=None, compare=False)  # cascade.Judge, where the policy drafts first
     encoder: Any = field(default=None, compare=False)  # text -> embedding, where the policy has such a head
 
     @property
@@ -113,9 +115,24 @@ def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
         tensors["memory.vectors"] = tensors["memory.vectors"].astype(
             np.float32
         )  # once, not at every decision
+    judge = None
+    if block := policy.features.get("cascade"):
+        from edgeft.router.cascade import load_judge
+
+        try:
+            judge = load_judge(tensors, block)
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{folder}: the policy's judge is not whole: {error}.", FIT_AGAIN) from None
+    certificate = read_certificate(folder, policy)
     return LoadedPolicy(
-        policy, tuple(map(tuple, weights.tolist())), tuple(bias.tolist()), tensors, read_certificate(folder, policy), encoder
-    )  # fmt: skip
+        policy,
+        tuple(map(tuple, weights.tolist())),
+        tuple(bias.tolist()),
+        tensors,
+        certificate,
+        judge,
+        encoder,
+    )
 
 
 def read_certificate(folder: Path, policy: Policy) -> dict[str, Any] | None:
@@ -140,7 +157,9 @@ def check(policy: Policy, folder: Path) -> None:
     """Refuse what decide could misread: an unknown setting must not pass as none."""
     from edgeft.errors import unknown
 
-    features = {k: v for k, v in policy.features.items() if k not in ("weights_sha256", "embedding")}
+    features = {
+        k: v for k, v in policy.features.items() if k not in ("weights_sha256", "embedding", "cascade")
+    }
     if features != SPEC:
         raise UsageError(f"{folder}: the policy's features are not those of this edgeft.", FIT_AGAIN)
     if len(policy.candidates) < 2 or len({c["id"] for c in policy.candidates}) < len(policy.candidates):

@@ -33,6 +33,8 @@ class Item:
     output_tokens: tuple[float | None, ...]
     prompt_tokens: float | None = None
     group: str | None = None  # a domain, to report by; never a feature
+    outputs: tuple[str | None, ...] = ()  # what each answered
+    logprobs: tuple[float | None, ...] = ()  # mean log-probability of each answer's tokens
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _table_items(path: Path) -> list[dict[str, Any]]:
             items.append(
                 {
                     "item_id": str(row.get("id") or f"{path.name}:{number}"), "model_id": name, "prompt_hash": digest, "request": text,
-                    "score": score, "group": row.get("group"),
+                    "score": score, "group": row.get("group"), "output": row.get(f"{name}:output"),
                     **{k: _number(row.get(f"{name}:{k}"), path, number, f"{name}:{k}") for k in ("output_tokens", "prompt_tokens", "e2e_s")},
                 }
             )  # fmt: skip
@@ -297,4 +299,6 @@ def _item(lines: Sequence[dict[str, Any]]) -> Item:
         tuple(line.get("output_tokens") for line in lines),
         first.get("prompt_tokens"),
         first.get("group"),
+        tuple(line.get("output") for line in lines),
+        tuple(line.get("mean_logprob") for line in lines),
     )

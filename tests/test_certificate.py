@@ -152,3 +152,27 @@ def test_a_stricter_threshold_may_stand_in_for_a_suspended_one(tmp_path):
         Options(rule={"on_suspended": -0.5}),
     )
     assert made.policy.rule["on_suspended"] == -0.5
+
+
+def test_a_judges_own_error_comes_off_alpha(policy, tmp_path):
+    graded = tmp_path / "graded.jsonl"
+    graded.write_text('{"judge_loss": 0, "human_loss": 0}\n' * 99)
+    rows = [write_report(tmp_path / "two", by_word(800, 2))]
+    with pytest.raises(UsageError, match="99 rows that a person graded; 100 are the least"):
+        calibrate(policy, rows, judged=graded)
+    graded.write_text(
+        '{"judge_loss": 0, "human_loss": 1}\n' * 20 + '{"judge_loss": 0, "human_loss": 0}\n' * 80
+    )
+    with pytest.raises(Inconclusive, match="more than alpha"):
+        calibrate(policy, rows, judged=graded)
+    graded.write_text('{"judge_loss": 0, "human_loss": 0}\n' * 400)
+    found = calibrate(policy, rows, alpha=0.1, judged=graded)
+    assert (
+        found["judge"]["bound"] == upper_bound(0, 400, 0.05)
+        and found["alpha"] == 0.1
+        and found["delta"] == 0.1
+    )
+    assert found["bound"] == pytest.approx(
+        upper_bound(found["losses"], found["n"], 0.05) + found["judge"]["bound"]
+    )
+    assert found["bound"] <= 0.1

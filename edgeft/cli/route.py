@@ -1,4 +1,4 @@
-"""`edgeft route fit|eval|calibrate|explain|decide|suspend|encoder`."""
+"""`edgeft route fit|eval|calibrate|explain|decide|replay|suspend|encoder`."""
 
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def command() -> None:
     show_default=True,
     help="Share of fitting rows that would count as far and escalate.",
 )
+@click.option("--cascade", is_flag=True, help="Fit a judge of the cheapest candidate's answers too.")
 @click.option("--allow-seen-rows", is_flag=True, help="Take items that training or calibration has seen.")
 @options
 def fit_command(
@@ -155,9 +156,20 @@ def eval_command(policy: Path, reports: tuple[Path, ...], html: Path | None) -> 
     show_default=True,
     help="Of the reports' answers, and of serving.",
 )
+@click.option(
+    "--judged",
+    type=FOLDER,
+    metavar="FILE",
+    help="JSONL of judge_loss and human_loss: a judge model graded the reports.",
+)
 @options
 def calibrate_command(
-    policy: Path, reports: tuple[Path, ...], alpha: float, delta: float, temperature: float
+    policy: Path,
+    reports: tuple[Path, ...],
+    alpha: float,
+    delta: float,
+    temperature: float,
+    judged: Path | None,
 ) -> None:
     """Certify a policy on rows that nothing else has seen.
 
@@ -165,7 +177,7 @@ def calibrate_command(
     """
     from edgeft.router.calibrate import calibrate
 
-    found = calibrate(policy, reports, alpha, delta, temperature)
+    found = calibrate(policy, reports, alpha, delta, temperature, judged)
     risk = found["risk_given_kept"]["all"]
     console.result(
         found,
@@ -224,6 +236,35 @@ def explain_command(policy: Path, text: str) -> None:
     )
     lines = [f"{found['choice']}: {found['reason']}", f"certificate {found['certificate']}"]
     lines += [f"would change it: {line}" for line in found["would_change_it"]]
+    console.result(found, "\n".join(lines))
+
+
+@command.command("replay")
+@click.argument("policy", type=FOLDER)
+@click.argument("log", type=FOLDER)
+@options
+def replay_command(policy: Path, log: Path) -> None:
+    """Show what a policy would have done with logged traffic."""
+    from edgeft.router import load_policy
+    from edgeft.router.replay import replay
+
+    found = replay(load_policy(policy), log)
+    rows = [
+        (name, f"{found['shares_logged'][name]:.1%}", f"{share:.1%}")
+        for name, share in found["shares"].items()
+    ]
+    console.table(("candidate", "logged", "this policy"), rows, title=f"{found['n']} requests")
+    lines = [f"cost a request {found['cost_per_request']:.3g}, logged {found['cost_per_request_logged']:.3g}"]
+    if quality := found["quality"]:
+        for name in ("ips", "self_normalised", "doubly_robust"):
+            if part := quality.get(name):
+                ends = part["ci95"]
+                lines.append(
+                    f"score, {name}: {part['mean']:.3f}"
+                    + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+                )
+    else:
+        lines.append(found["quality_note"])
     console.result(found, "\n".join(lines))
 
 
