@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from edgeft.router import kernel
-from edgeft.router.cascade import first, fit_judge, judge_draft, judge_tensors, load_judge, predicted_gain
+from edgeft.cli import run as cli
+from edgeft.errors import UsageError
+from edgeft.router import Options, decide, fit, kernel, load_policy
+from edgeft.router.calibrate import calibrate
+from edgeft.router.cascade import (
+    drafts,
+    first,
+    fit_judge,
+    judge,
+    judge_draft,
+    judge_tensors,
+    load_judge,
+    predicted_gain,
+    strongest_allowed,
+)
 from edgeft.router.drafts import FEATURES, Draft, agree, answer_number, arithmetic, checks, compute, features
+from tests.test_router import PAIR, line, write_report
 
 
 @pytest.mark.parametrize(
@@ -91,21 +107,22 @@ def world(n: int, seed: int) -> tuple[list[tuple[str, Draft]], np.ndarray, np.nd
 
 
 def test_the_judge_learns_what_the_checks_show_and_reads_back():
-    judge = fit_judge(*world(300, 1), max_loss=0.035)
-    good, bad = Draft("3 + 4 = 7\n#### 7"), Draft("3 + 4 = 9\n#### 9")
-    prompt = "What is 3 and 4 together?"
-    assert judge_draft(judge, prompt, good).keep and not judge_draft(judge, prompt, bad).keep
-    assert judge_draft(judge, prompt, bad, may_escalate=False).keep, "a private request has nobody else"
-    verdict = judge_draft(judge, prompt, good, schema={"type": "object"})
+    made = fit_judge(*world(300, 1), max_loss=0.02)
+    good, bad = Draft("30 + 12 = 42\n#### 42"), Draft("30 + 12 = 49\n#### 49")
+    prompt = "What is 30 and 12 together?"
+    assert predicted_gain(made, prompt, good) < 0.2 and predicted_gain(made, prompt, bad) > 0.7
+    assert not judge_draft(made, prompt, bad).keep
+    assert judge_draft(made, prompt, bad, may_escalate=False).keep, "a private request has nobody else"
+    verdict = judge_draft(made, prompt, good, schema={"type": "object"})
     assert not verdict.keep and "json_schema" in verdict.reason
     rows, _, scores = world(400, 2)
-    kept = np.array([judge_draft(judge, p, d).keep for p, d in rows])
+    kept = np.array([judge_draft(made, p, d).keep for p, d in rows])
     policy = np.where(kept, scores, 1.0).mean()
-    assert policy > 0.94 and 0.4 < kept.mean() < 0.75
-    tensors, block = judge_tensors(judge)
+    assert policy > 0.94 and 0.3 < kept.mean() < 0.7
+    tensors, block = judge_tensors(made)
     again = load_judge(tensors, block)
     for p, d in rows[:20]:
-        assert predicted_gain(again, p, d) == pytest.approx(predicted_gain(judge, p, d), abs=1e-4)
+        assert predicted_gain(again, p, d) == pytest.approx(predicted_gain(made, p, d), abs=1e-4)
     with pytest.raises(ValueError):
         load_judge(tensors, {**block, "features": []})
 
@@ -129,3 +146,68 @@ def test_the_kernel_head_equals_a_slow_solve_and_refits_without_each_row():
     np.testing.assert_allclose(kernel.predict(head, x), slow @ head.weights + head.bias, atol=1e-4)
     smooth = np.sin(x[:, :1])
     assert kernel.fit(x, smooth, (2.0, 10.0), most=20).loo_mse[0] < 0.3 * smooth.var()
+
+
+def drafted(n: int, seed: int) -> dict[str, list[dict]]:
+    """The world as a report of both models' answers."""
+    rows, _, scores = world(n, seed)
+    items: dict[str, list[dict]] = {"weak": [], "strong": []}
+    for index, ((prompt, draft), score) in enumerate(zip(rows, scores, strict=True)):
+        items["weak"].append({**line(index, prompt, float(score), seed), "output": draft.text})
+        items["strong"].append({**line(index, prompt, 1.0, seed), "output": "#### right"})
+    return items
+
+
+def test_a_policy_that_drafts_is_fitted_certified_and_read_back(tmp_path, capsys):
+    report = write_report(tmp_path / "r", drafted(500, 1))
+    options = Options(max_loss=0.02, cascade=True, privacy={"patterns": ["email"]}, local=("weak",))
+    fit([report], PAIR, tmp_path / "policy", options)
+    later = write_report(tmp_path / "later", drafted(400, 3))
+    found = calibrate(tmp_path / "policy", [later], alpha=0.06)
+    assert found["share_kept"] > 0.4 > found["share_kept_random"] * 2, (
+        "drafts that fail their sums are not kept"
+    )
+    policy = load_policy(tmp_path / "policy")
+    prompt = "What is 30 and 12 together?"
+    decision = decide(policy, prompt)
+    assert (
+        decision.choice == "weak"
+        and drafts(policy, decision)
+        and strongest_allowed(policy, decision) == "strong"
+    )
+    assert judge(policy, prompt, Draft("30 + 12 = 42\n#### 42"), decision).keep
+    assert not judge(policy, prompt, Draft("30 + 12 = 49\n#### 49"), decision).keep
+    remote = replace(
+        policy,
+        policy=replace(
+            policy.policy, candidates=[{**c, "remote": c["id"] == "strong"} for c in policy.policy.candidates]
+        ),
+    )
+    private = f"{prompt} Mail it to erika@example.org"
+    alone = decide(remote, private)
+    assert alone.private and not drafts(remote, alone)
+    assert judge(remote, private, Draft("30 + 12 = 49\n#### 49"), alone).keep
+    page = tmp_path / "page.html"
+    assert (
+        cli(
+            [
+                "route",
+                "eval",
+                str(tmp_path / "policy"),
+                str(write_report(tmp_path / "third", drafted(200, 5))),
+                "--html",
+                str(page),
+            ]
+        )
+        == 0
+    )
+    assert "always strong: strong" in capsys.readouterr().out and "<svg" in page.read_text()
+    assert cli(["route", "explain", str(tmp_path / "policy"), prompt, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["choice"] == "weak" and told["certificate"].startswith("holds") and told["would_change_it"]
+    del_outputs = drafted(60, 7)
+    for item in del_outputs["weak"]:
+        del item["output"]
+    with pytest.raises(UsageError, match="holds no answer, which a cascade is fitted on"):
+        fit([write_report(tmp_path / "none", del_outputs)], PAIR, tmp_path / "other", Options(cascade=True))
+    assert not (tmp_path / "other").exists()
