@@ -11,10 +11,7 @@ from edgeft.router.features import WORD
 
 HASHES = 32
 ALIKE = 0.8  # estimated share of common triples from which two texts count as one
-PRIME = np.uint64((1 << 61) - 1)
-_chance = np.random.default_rng(20240607)
-_A = _chance.integers(1, 1 << 29, HASHES, dtype=np.uint64)
-_B = _chance.integers(0, 1 << 60, HASHES, dtype=np.uint64)
+SEEDS = np.arange(1, HASHES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
 def signature(text: str) -> np.ndarray:
@@ -22,8 +19,14 @@ def signature(text: str) -> np.ndarray:
     words = [word.encode(errors="replace") for word in WORD.findall(text.lower())]
     count = max(1, len(words) - 2)
     triples = np.array([crc32(b" ".join(words[i : i + 3])) for i in range(count)], np.uint64)
-    mixed = (triples[:, None] * _A + _B) % PRIME  # 32 + 29 bits fit in 64
-    return (mixed.min(0) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    return (_mixed(triples[:, None] + SEEDS).min(0) >> np.uint64(32)).astype(np.uint32)
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): a hash that keeps no order, which a plain a * x + b nearly does."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:

@@ -135,7 +135,8 @@ def is_remote(candidate_id: str, kind: str) -> bool:
 
 def _results(place: Path) -> list[dict[str, Any]]:
     if place.is_file():
-        return [{"id": name, "kind": "table"} for name in _table_names(place)]
+        served = ("litellm:", "openai:")
+        return [{"id": n, "kind": "api" if n.startswith(served) else "table"} for n in _table_names(place)]
     if not (place / "report.json").is_file():
         raise UsageError(f"{place} holds no report.json.", BENCH)
     return BenchReport.load(place / "report.json").results

@@ -173,6 +173,21 @@ def test_near_duplicates_are_found_and_others_are_not():
     assert near(["x"], np.zeros((0, 32), np.uint32)).tolist() == [False]
 
 
+def test_signatures_estimate_the_share_of_common_triples():
+    words = [f"word{i}" for i in range(400)]
+    one = signatures([" ".join(words[:300])])[0]
+    for start in (30, 100, 200):
+        other = signatures([" ".join(words[start : start + 200])])[0]
+        triples = (
+            {tuple(words[i : i + 3]) for i in range(298)},
+            {tuple(words[i : i + 3]) for i in range(start, start + 198)},
+        )
+        share = len(triples[0] & triples[1]) / len(triples[0] | triples[1])
+        assert (one == other).mean() == pytest.approx(share, abs=0.27), "three deviations of 32 hashes"
+    few = [f"a b c d {x}" for x in "efghijklmnop"]
+    assert len({tuple(s) for s in signatures(few)}) == len(few)
+
+
 def log_line(chance: np.random.Generator, explore: float) -> dict:
     """The log's base choice is weak; strong is right nine times in ten, weak one in two."""
     explored = bool(chance.random() < explore)

@@ -380,3 +380,93 @@ def test_cli_prints_figures_and_json(tmp_path, capsys, monkeypatch):
     assert cli(["route", "eval", policy, str(report)]) == 2
     problem = capsys.readouterr().err.splitlines()
     assert len(problem) == 2 and problem[0].startswith("Error: 300 item(s) were used to fit router already")
+
+
+def table(path: Path, n: int, seed: int) -> Path:
+    """Three candidates: the cheap one fails on refunds, the middle one on transfers and refunds' half, the dear one seldom."""
+    chance = random.Random(seed)
+    rows = []
+    for index in range(n):
+        words = chance.choices(WORDS, k=6)
+        p_cheap = 0.1 if "refund" in words or "transfer" in words else 0.9
+        p_middle = 0.1 if "transfer" in words else 0.92
+        rows.append(
+            {
+                "id": index, "request": " ".join(words), "group": words[0],
+                "openai:http://127.0.0.1:1#cheap:score": int(chance.random() < p_cheap),
+                "litellm:mid:score": int(chance.random() < p_middle), "litellm:dear:score": int(chance.random() < 0.95),
+                "litellm:mid:output_tokens": 20 + 30 * ("fee" in words), "litellm:dear:output_tokens": 40,
+                "openai:http://127.0.0.1:1#cheap:output_tokens": 25,
+            }
+        )  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_three_candidates_from_a_table(tmp_path, capsys):
+    names = ["litellm:dear", "openai:http://127.0.0.1:1#cheap", "litellm:mid"]
+    rows, policy = table(tmp_path / "rows.jsonl", 900, 1), str(tmp_path / "policy")
+    arguments = [
+        "route",
+        "fit",
+        str(rows),
+        "--out",
+        policy,
+        "--max-loss",
+        "4",
+        *(w for n in names for w in ("--candidate", n)),
+    ]
+    prices = ["--price", "litellm:mid=0.5,1", "--price", "litellm:dear=5,20"]
+    assert cli([*arguments, *prices]) == 0
+    assert "energy of local candidates: not given, counted as 0 (assumed)" in capsys.readouterr().err
+    made = load_policy(Path(policy))
+    assert list(made.candidates) == ["openai:http://127.0.0.1:1#cheap", "litellm:mid", "litellm:dear"], (
+        "by cost, the best last"
+    )
+    assert [c["remote"] for c in made.policy.candidates] == [False, True, True] and made.policy.cost[
+        "unit"
+    ] == "usd"
+    choices = [
+        decide(made, text).choice.rpartition(":")[2]
+        for text in ("card limit address fee", "refund card limit", "transfer card limit")
+    ]
+    assert choices == ["1#cheap", "mid", "dear"]
+    short, long = (decide(made, f"card limit {word}").costs["litellm:mid"] for word in ("app", "fee"))
+    assert long > 1.5 * short, "the output's length is predicted"
+    assert cli(["route", "eval", policy, str(table(tmp_path / "other.jsonl", 400, 2)), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["worth_it"]
+        and found["cost_per_request"]["policy"] < 0.5 * found["cost_per_request"]["always"]["litellm:dear"]
+    )
+    assert found["frontier"]["aiq"] > found["frontier"]["aiq_of_singles"] and set(found["groups"]) == set(
+        WORDS
+    )
+    assert found["near_duplicates"]["n"] == 0
+    assert cli([*arguments, "--price", "litellm:mid=0.5"]) == 2
+    assert "is not ID=IN,OUT" in capsys.readouterr().err
+    assert cli([*arguments, "--price", "litellm:midd=0.5,1"]) == 2
+    assert "Did you mean 'litellm:mid'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"the price of 'litellm:dear', 'litellm:mid' is not known"):
+        fit([rows], names, tmp_path / "p", Options(unit="usd"))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("privacy:\n  paterns: [email]\n")
+    assert cli([*arguments, "--settings", str(settings)]) == 2
+    assert "'paterns' is not known. Did you mean 'patterns'" in capsys.readouterr().err
+
+
+def test_bad_tables_are_refused_by_line(tmp_path):
+    for text, message in (
+        ('{"request": "a", "x:score": 2, "y:score": 0}', "line 1: x:score is 2"),
+        ('{"request": "a", "x:score": "good", "y:score": 0}', "line 1: x:score is no number"),
+        ('{"prompt": "a", "x:score": 1, "y:score": 0}', "line 1: a table needs the column 'request'"),
+        ("{", "line 1 is not an item"),
+    ):
+        path = tmp_path / "t.jsonl"
+        path.write_text(text + "\n")
+        with pytest.raises(UsageError, match=message):
+            fit([path], ["x", "y"], tmp_path / "policy")
+    other = tmp_path / "t.txt"
+    other.write_text("x")
+    with pytest.raises(UsageError, match=r"neither \.csv nor \.jsonl"):
+        fit([other], ["x", "y"], tmp_path / "policy")
