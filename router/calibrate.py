@@ -24,9 +24,10 @@ from edgeft.router.certificate import (
     upper_bound,
 )
 from edgeft.router.decision import decide, removed_for
+from edgeft.router.drift import observe, reference
 from edgeft.router.evaluation import escalated_drafts
 from edgeft.router.fitting import same_candidates
-from edgeft.router.heads import read
+from edgeft.router.heads import read, scores_of
 from edgeft.router.policy import (
     CERTIFICATE,
     MANIFEST,
@@ -122,12 +123,20 @@ def calibrate(
         "policy_sha256": policy_sha256(certified),
         "artifacts": {c["id"]: c["artifact_sha256"] for c in certified.candidates},
         "holds_for": "requests like these rows, first turns, all candidates at hand, no limit of a request's own",
+        "drift_reference": reference([observation(policy, item.request) for item in items]),
         "suspended": False,
         "suspended_because": None,
     }
     write_certificate(folder, certificate)  # first: it is void until the policy names the certified rule
     certified.save(folder / MANIFEST)
     return certificate
+
+
+def observation(policy: LoadedPolicy, text: str) -> dict[str, float]:
+    """What the drift alarm keeps of a request: the predicted gain of the strongest, the length, the similarity to the fitting rows."""
+    features = read(policy, text)
+    scores = scores_of(policy, features)
+    return observe(scores[-1] - scores[0], len(text), features.similarity)
 
 
 def choices_by_rule(

@@ -11,8 +11,9 @@ import pytest
 from edgeft.cli import run as cli
 from edgeft.errors import Inconclusive, UsageError
 from edgeft.router import Options, State, decide, fit, load_policy
-from edgeft.router.calibrate import calibrate, suspend
+from edgeft.router.calibrate import calibrate, observation, suspend
 from edgeft.router.certificate import certify, least_n, most_losses, rcps_threshold, upper_bound
+from edgeft.router.drift import alarm
 from tests.test_router import PAIR, by_word, write_report
 
 
@@ -77,6 +78,11 @@ def test_a_policy_is_certified_as_it_serves(policy, tmp_path):
     assert decide(loaded, "card limit").certified
     assert not decide(loaded, "card limit", state=State(price_of_cost=3.0)).certified
     assert not decide(loaded, "card limit", state=State(unavailable=frozenset({"strong"}))).certified
+    known = found["drift_reference"]
+    assert alarm(known, [observation(loaded, line["request"]) for line in by_word(500, 4)["weak"]]) is None
+    assert alarm(
+        known, [observation(loaded, f"please tell me a long story about {i} dragons") for i in range(500)]
+    )
     later = by_word(3000, 3)
     kept = [decide(loaded, line["request"]).choice == "weak" for line in later["weak"]]
     lost = [
