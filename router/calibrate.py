@@ -144,7 +144,7 @@ def choices_by_rule(
 ) -> np.ndarray:
     """int [rules, items]: the place of the candidate that `decide` chooses under each rule of the grid."""
     place = {name: index for index, name in enumerate(policy.candidates)}
-    found = np.zeros((len(grid), len(items)), int)
+    found: np.ndarray = np.zeros((len(grid), len(items)), int)
     features = [read(policy, item.request) for item in items]
     escalated = escalated_drafts(policy, items)
     for row, value in enumerate(grid):

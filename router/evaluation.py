@@ -108,11 +108,9 @@ def frontier(
     steps: list[float]
     if kind == "loss":
         found = thresholds(scores)
-        steps = (
-            [ALWAYS_STRONG, *np.quantile(found, np.linspace(0, 1, FRONTIER_POINTS)).tolist(), ALWAYS_WEAK]
-            if len(found)
-            else [ALWAYS_STRONG, ALWAYS_WEAK]
-        )
+        if len(found) > FRONTIER_POINTS:
+            found = np.quantile(found, np.linspace(0, 1, FRONTIER_POINTS))
+        steps = [ALWAYS_STRONG, *map(float, found), ALWAYS_WEAK]
         picks = [loss_choices(scores, t) for t in steps]
     else:
         spread = costs.max(1).mean() - costs.min(1).mean()

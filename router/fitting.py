@@ -150,8 +150,8 @@ def fit_heads(
     x = matrix([item.request for item in items])
     fitted = ridge.fit_all(x, targets_of(quality))
     tensors = {
-        "text.weights": np.float32([f.weights for f in fitted]),
-        "text.bias": np.float32([f.bias for f in fitted]),
+        "text.weights": np.array([f.weights for f in fitted], np.float32),
+        "text.bias": np.array([f.bias for f in fitted], np.float32),
         "seen.columns": (x != 0).any(0).astype(np.uint8),
         "seen.signatures": signatures([item.request for item in items]),
     }
@@ -272,7 +272,7 @@ def _cross_fitted(
 ) -> np.ndarray:
     """The choice for each item, by the threshold that the other folds choose."""
     fold = np.array([int(_digest(item.request, "fold")[:8], 16) % FOLDS for item in items])
-    choice = np.zeros(len(items), int)
+    choice: np.ndarray = np.zeros(len(items), int)
     for index in np.unique(fold):
         here, others = fold == index, fold != index
         if others.any():
@@ -293,11 +293,11 @@ def _token_head(
         return None
     fitted = ridge.fit_all(x, target)
     worth = [f.loo_mse < f.constant_mse for f in fitted]
-    tensors["tokens.weights"] = np.float32(
-        [f.weights if w else np.zeros_like(f.weights) for f, w in zip(fitted, worth, strict=True)]
+    tensors["tokens.weights"] = np.array(
+        [f.weights if w else np.zeros_like(f.weights) for f, w in zip(fitted, worth, strict=True)], np.float32
     )
-    tensors["tokens.bias"] = np.float32(
-        [f.bias if w else t for f, w, t in zip(fitted, worth, target.mean(0), strict=True)]
+    tensors["tokens.bias"] = np.array(
+        [f.bias if w else t for f, w, t in zip(fitted, worth, target.mean(0), strict=True)], np.float32
     )
     return {
         "loo_mse": [f.loo_mse for f in fitted],
