@@ -108,4 +108,4 @@ def interval(statistic: Any, n: int, seed: int = 0, resamples: int = 1000) -> li
             continue
     if len(found) < 0.95 * resamples:
         return None
-    return np.percentile(found, np.array([2.5, 97.5])).tolist()
+    return np.asarray(np.percentile(found, [2.5, 97.5])).tolist()

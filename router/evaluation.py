@@ -109,7 +109,7 @@ def frontier(
     if kind == "loss":
         found = thresholds(scores)
         if len(found) > FRONTIER_POINTS:
-            found = np.quantile(found, np.linspace(0, 1, FRONTIER_POINTS))
+            found = np.asarray(np.quantile(found, np.linspace(0, 1, FRONTIER_POINTS)))
         steps = [ALWAYS_STRONG, *map(float, found), ALWAYS_WEAK]
         picks = [loss_choices(scores, t) for t in steps]
     else:

@@ -168,4 +168,4 @@ def _ends(statistic: Any, n: int) -> list[float]:
     """The 2.5 and 97.5 percentiles of a statistic over resamples of n items, 200 resamples at a time."""
     chance = np.random.default_rng(SEED)
     found = np.concatenate([statistic(chance.integers(0, n, (200, n))) for _ in range(RESAMPLES // 200)])
-    return np.percentile(found, np.array([2.5, 97.5])).tolist()
+    return np.asarray(np.percentile(found, [2.5, 97.5])).tolist()
