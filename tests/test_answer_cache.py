@@ -65,7 +65,7 @@ def test_what_is_never_kept():
 
 def test_answers_come_back_until_they_are_too_old_or_dropped(tmp_path):
     cache = ExactCache(tmp_path / "c")
-    answer = {"text": "Grüße \u2028 \ud83d\ude00", "usage": {"n": 1}, "chunks": [["a", None], ["b", 0.5]]}
+    answer = {"text": "Grüße \u2028 \U0001f600", "usage": {"n": 1}, "chunks": [["a", None], ["b", 0.5]]}
     cache.put("k", answer, 60, ["model:m", "tenant:a"])
     cache.put("l", "other", 60, ["model:m", "tenant:ab"])
     cache.put("old", "x", 0.0)
