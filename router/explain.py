@@ -71,9 +71,11 @@ def changes(policy: LoadedPolicy, request: Request, choice: str) -> list[str]:
     for name in ("floor", "max_cost", "max_latency_s", "far"):
         if stored.get(name) is not None:
             free = replace(policy, policy=replace(policy.policy, rule={**stored, name: None}))
-            if (
-                other := decide(free, replace(request, **({name: None} if name != "far" else {}))).choice
-            ) != choice:
+            asked = request
+            if name != "far":
+                cleared: dict[str, Any] = {name: None}
+                asked = replace(request, **cleared)
+            if (other := decide(free, asked).choice) != choice:
                 said.append(f"without {name} {stored[name]:g}: {other}")
     if policy.policy.privacy:
         open_to_all = replace(policy, policy=replace(policy.policy, privacy={}))
