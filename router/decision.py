@@ -211,7 +211,7 @@ def _explore(
     share, strongest = settings["explore"], within[-1]
     if not share or strongest == chosen:
         return chosen, 1.0, False
-    return (strongest, share, True) if u < share else (chosen, 1.0 - share, False)
+    return (strongest, share, True) if u < share or share >= 1 else (chosen, 1.0 - share, False)
 
 
 def _certified(

@@ -16,10 +16,11 @@ from edgeft.router.request import Request
 # What each pattern looks for. Numbers are checked (Luhn, mod 97) so that order numbers stay public.
 PATTERNS = {
     "email": re.compile(r"[^\s@<>\"'(),;:]{1,64}@[^\s@<>\"'(),;:]{1,190}\.[^\W\d_]{2,24}"),
-    "iban": re.compile(r"(?<![^\W_])[A-Z]{2}\d{2}(?:[ \-]?[A-Z0-9]){11,30}", re.IGNORECASE),
-    "card": re.compile(r"(?<!\d)\d(?:[ \-.]?\d){12,18}(?!\d)"),
+    "iban": re.compile(r"(?=([A-Z]{2}\d{2}(?:[ \-]?[A-Z0-9]){11,30}))", re.IGNORECASE),
+    "card": re.compile(r"\d+(?:[ \-.]\d+)*"),
     "phone": re.compile(
-        r"(?<![\w./:\-])(?:(?:\+|00)[1-9](?:[ \-./()]{0,2}\d){6,13}|\(?0\d{1,4}\)?(?:[ \-./]{1,3}\d{2,}){1,4})(?!\d)"
+        r"(?:(?<!\d)\+|(?<![\w./\-])(?<!\d:)00)[1-9](?:[ \-./()]{0,2}\d){6,13}(?!\d)"
+        r"|(?<![\w./\-])(?<!\d:)\(?0\d{1,4}\)?(?:[ \-./]{1,3}\d{2,}){1,4}(?!\d)"
     ),
 }
 DEFAULTS: dict[str, Any] = {
@@ -66,13 +67,26 @@ def why_private(rules: Mapping[str, Any], request: Request) -> str | None:
 
 def found(name: str, text: str) -> bool:
     """True where a text holds what the pattern looks for."""
-    for match in PATTERNS[name].finditer(text):
-        if name == "card" and not luhn(re.sub(r"\D", "", match[0])):
-            continue
-        if name == "iban" and not any(iban(part) for part in _prefixes(re.sub(r"[ \-]", "", match[0]))):
-            continue
-        return True
-    return False
+    matches = PATTERNS[name].finditer(text)
+    if name == "card":
+        return any(
+            luhn(number) for match in matches for number in _card_lengths(re.split(r"[ \-.]", match[0]))
+        )
+    if name == "iban":
+        return any(iban(part) for match in matches for part in _prefixes(re.sub(r"[ \-]", "", match[1])))
+    return next(matches, None) is not None
+
+
+def _card_lengths(groups: list[str]) -> Iterator[str]:
+    """The runs of whole groups of digits that have a card's 13 to 19: other numbers may stand before and behind."""
+    for start in range(len(groups)):
+        number = ""
+        for group in groups[start:]:
+            number += group
+            if len(number) > 19:
+                break
+            if len(number) >= 13:
+                yield number
 
 
 def plain(text: str) -> str:

@@ -139,7 +139,7 @@ def test_a_public_request_may_go_anywhere_and_exploration_only_up(settings_, sta
         assert state.unavailable == set(NAMES)
         return
     assert not plainly.private and 0 < plainly.propensity <= 1
-    assert NAMES.index(explored.choice) >= NAMES.index(plainly.choice)
+    assert NAMES.index(explored.choice) >= NAMES.index(plainly.choice) and 0 < explored.propensity <= 1
     assert {plainly.choice, *plainly.fallbacks} == set(NAMES) - state.unavailable
 
 
@@ -169,6 +169,13 @@ def test_what_is_public_stays_public(text):
 def test_what_is_private_is_found(text):
     assert why_private(PRIVACY, Request([{"role": "user", "content": text}])) is not None
     assert why_private({}, Request([{"role": "user", "content": text}])) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["4111 1111 1111 1111 0", "12 4111 1111 1111 1111 99", "AB12 GB82 WEST 1234 5698 7654 32 and so on", "tel:+49 30 901820", "IBAN:DE89370400440532013000x"]
+)  # fmt: skip
+def test_what_stands_beside_a_number_does_not_hide_it(text):
+    assert why_private(PRIVACY, Request([{"role": "user", "content": text}])) is not None
 
 
 def test_a_number_cut_in_two_parts_of_a_message_is_found():
