@@ -172,7 +172,8 @@ def test_what_is_private_is_found(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["4111 1111 1111 1111 0", "12 4111 1111 1111 1111 99", "AB12 GB82 WEST 1234 5698 7654 32 and so on", "tel:+49 30 901820", "IBAN:DE89370400440532013000x"]
+    "text", ["4111 1111 1111 1111 0", "12 4111 1111 1111 1111 99", "AB12 GB82 WEST 1234 5698 7654 32",
+     "tel:+49 30 901820", "IBAN:DE89370400440532013000x"]
 )  # fmt: skip
 def test_what_stands_beside_a_number_does_not_hide_it(text):
     assert why_private(PRIVACY, Request([{"role": "user", "content": text}])) is not None
