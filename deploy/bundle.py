@@ -131,13 +131,13 @@ def _choose(wanted: Wanted) -> tuple[list[Target], dict[str, archive.Source], di
     files = {
         p.relative_to(wanted.policy).as_posix(): p for p in sorted(wanted.policy.rglob("*")) if p.is_file()
     }
-    return chosen, dict(files), {"kind": "policy", "candidates": [policy.weak["id"], policy.strong["id"]]}
+    return chosen, dict(files), {"kind": "policy", "candidates": [c["id"] for c in policy.candidates]}
 
 
 def _candidates(policy: Policy, there: Sequence[Target]) -> list[Target]:
     """The artefacts that a policy was fitted on, by their hashes. Raises UsageError for one that was not named."""
     by_hash, chosen = {t.sha256: t for t in there}, []
-    for candidate in (policy.weak, policy.strong):
+    for candidate in policy.candidates:
         if candidate["kind"] == "api":
             continue
         found = by_hash.get(candidate["artifact_sha256"])

@@ -106,25 +106,44 @@ class BenchReport(Stored):
 
 @dataclass(frozen=True)
 class Policy(Stored):
-    """A fitted router: `policy/policy.json`; its weights lie beside it as safetensors."""
+    """A fitted router: `policy/policy.json`; its weights lie beside it as safetensors. See docs/routing.md."""
 
-    SCHEMA: ClassVar[str] = "edgeft/policy@1"
+    SCHEMA: ClassVar[str] = "edgeft/policy@2"
 
     created_at: str
-    weak: dict[str, Any]  # candidate: id, kind (artifact, api), path or model, artifact_sha256, prices
-    strong: dict[str, Any]
-    features: dict[str, Any]
-    threshold: float  # a request whose predicted gain is at or above goes to the strong one
-    fitted: dict[str, Any]  # n, how the threshold was chosen, what it gives on rows that fitting did not see
+    candidates: list[
+        dict[str, Any]
+    ]  # cheapest first, the last one the strongest; a single one gets everything
+    features: dict[str, Any]  # what a head reads: spec of the hashed text, the encoder, hash of the weights
+    rule: dict[str, Any]  # how scores and costs become a choice: router.rule.DEFAULTS
+    fitted: dict[str, Any]  # n, how the rule was chosen, what it gives on rows that fitting did not see
+    privacy: dict[str, Any] = field(default_factory=dict)  # router.privacy.DEFAULTS
+    cost: dict[str, Any] = field(default_factory=dict)  # unit, energy, a price for the queue: router.costs
     seen_rows: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Where one request goes, and why."""
+    """Where one request goes, and why. Pure data; nothing of the request's text stands in it."""
 
     choice: str  # the candidate's id
-    role: str  # weak or strong
-    predicted_gain: float  # expected score of strong minus weak for this request
-    threshold: float
     reason: str
+    scores: dict[str, float]  # expected score (0..1) of every candidate that was allowed
+    costs: dict[str, float]  # predicted marginal cost of each, in the policy's unit (usd, or steps)
+    propensity: float  # chance that this choice was taken, given the request; 1 without exploration
+    removed: dict[str, str] = field(default_factory=dict)  # candidate -> the rule that removed it
+    fallbacks: tuple[str, ...] = ()  # who may answer instead, in this order; never one that was removed
+    private: bool = False  # no remote model, no shared cache, no text in a log
+    certified: bool = False  # the rule that chose is the certified one, unsuspended
+    explored: bool = False  # chosen by the random number, not by the scores
+
+    @property
+    def cost(self) -> float:
+        """Predicted marginal cost of the choice."""
+        return self.costs[self.choice]
+
+    @property
+    def predicted_gain(self) -> float:
+        """Expected score of the strongest allowed candidate minus that of the cheapest allowed one."""
+        scores = list(self.scores.values())
+        return scores[-1] - scores[0]

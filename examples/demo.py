@@ -100,9 +100,9 @@ def fit_router() -> None:
         "--out", OUT / "select",
     )  # fmt: skip
     edgeft("route", "fit", OUT / "select", "--weak", WEAK, "--strong", STRONG, "--out", OUT / "policy")
-    edgeft("route", "evaluate", OUT / "policy", OUT / "report")
+    edgeft("route", "eval", OUT / "policy", OUT / "report")
     again = subprocess.run(
-        [*EDGEFT, "route", "evaluate", OUT / "policy", OUT / "report", "--json"], check=True, capture_output=True, text=True
+        [*EDGEFT, "route", "eval", OUT / "policy", OUT / "report", "--json"], check=True, capture_output=True, text=True
     )  # fmt: skip
     verdicts = [json.loads((OUT / "policy" / "policy.json").read_text())["fitted"], json.loads(again.stdout)]
     gains = [v["figures"]["gain_over_random"] for v in verdicts]

@@ -1,6 +1,12 @@
 assert __name__ == "edgeft.router", "import edgeft.router, not router from the checkout"
 
-from edgeft.router.fitting import evaluate, fit
-from edgeft.router.policy import LoadedPolicy, decide, load_policy
+from edgeft.router.decision import NoCandidate, decide, removed_for
+from edgeft.router.fitting import Options, evaluate, fit
+from edgeft.router.policy import LoadedPolicy, load_policy
+from edgeft.router.request import Request, State, from_openai
+from edgeft.types import Decision
 
-__all__ = ["LoadedPolicy", "decide", "evaluate", "fit", "load_policy"]
+__all__ = [
+    "Decision", "LoadedPolicy", "NoCandidate", "Options", "Request", "State", "decide", "evaluate", "fit", "from_openai",
+    "load_policy", "removed_for",
+]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -53,7 +53,7 @@ def matrix(texts: Sequence[str]) -> np.ndarray:
     return rows
 
 
-def request_text(request: str | Sequence[dict[str, Any]]) -> str:
+def request_text(request: str | Sequence[Mapping[str, Any]]) -> str:
     """What the router looks at: the text itself, or that of the last user message."""
     if isinstance(request, str):
         return request

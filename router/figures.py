@@ -1,9 +1,10 @@
 """What a rule gives on scored items, beside what anybody would have without it.
 
-    share                 of the items sent to strong
-    random_same_share     (1 - share) * mean(weak) + share * mean(strong), the expectation of random routing
-    gain_over_random      policy - random_same_share = mean(sent * gain) - mean(sent) * mean(gain)
-    oracle                mean(max(weak, strong))
+    share                 of the items sent to a candidate
+    random_same_share     sum over candidates of share * mean score, the expectation of random routing at the same shares
+    gain_over_random      policy - random_same_share; with two candidates mean(sent * gain) - mean(sent) * mean(gain)
+    oracle                mean of the best score of an item
+    weak, strong          the cheapest candidate and the last one, the strongest
 
 Scores are shares in 0..1; a point is 0.01. Intervals are 95 % percentile-bootstrap over items.
 """
@@ -22,7 +23,7 @@ def choose_threshold(scores: np.ndarray, weak: np.ndarray, strong: np.ndarray, m
     """The highest threshold (so the smallest share to strong) whose mean score is at most `max_loss` below
     always-strong on these items; scores are predicted gains. Items with equal scores go together.
     """
-    from edgeft.router.policy import ALWAYS_STRONG, ALWAYS_WEAK
+    from edgeft.router.rule import ALWAYS_STRONG, ALWAYS_WEAK
 
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
@@ -39,23 +40,83 @@ def choose_threshold(scores: np.ndarray, weak: np.ndarray, strong: np.ndarray, m
     return ALWAYS_STRONG
 
 
-def figures(weak: np.ndarray, strong: np.ndarray, sent: np.ndarray) -> dict[str, Any]:
-    """The figures of sending the items in `sent` (bool) to strong."""
-    gain, sent = strong - weak, sent.astype(float)
-    share = float(sent.mean())
-    policy = weak + sent * gain
+def choose_loss_threshold(scores: np.ndarray, quality: np.ndarray, max_loss: float) -> float:
+    """The same for any number of candidates (predicted scores and scores [n, candidates], cheapest first): the highest
+    threshold of the rule `loss` whose mean score is at most `max_loss` below the strongest's. Not monotone with more
+    than two, so all thresholds above the first that fails are left aside."""
+    if scores.shape[1] == 2:
+        return choose_threshold(scores[:, 1] - scores[:, 0], quality[:, 0], quality[:, 1], max_loss)
+    from edgeft.router.rule import ALWAYS_STRONG, ALWAYS_WEAK
+
+    allowed, chosen = quality[:, -1].mean() - max_loss - 1e-12, ALWAYS_STRONG
+    for threshold in [*thresholds(scores), ALWAYS_WEAK]:
+        if picked(quality, loss_choices(scores, threshold)).mean() < allowed:
+            break
+        chosen = float(threshold)
+    return chosen
+
+
+def loss_choices(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """What the rule `loss` chooses for each row of predicted scores [n, candidates]: int [n]."""
+    fits = scores[:, -1:] - scores < threshold
+    fits[:, -1] = True
+    return fits.argmax(1)
+
+
+def tradeoff_choices(scores: np.ndarray, costs: np.ndarray, price_of_cost: float) -> np.ndarray:
+    """What the rule `tradeoff` chooses for each row of predicted scores and costs [n, candidates]: int [n]; ties to the cheaper."""
+    worth = scores - price_of_cost * costs
+    tied = worth >= worth.max(1, keepdims=True)
+    return np.where(tied, costs, np.inf).argmin(1)
+
+
+def thresholds(scores: np.ndarray, most: int = 200) -> np.ndarray:
+    """Thresholds of the rule `loss` from strict to lax, between the predicted losses that occur."""
+    losses = np.unique(scores[:, -1:] - scores[:, :-1])
+    if len(losses) > most:
+        losses = np.unique(np.quantile(losses, np.linspace(0, 1, most)))
+    return (losses[1:] + losses[:-1]) / 2
+
+
+def picked(quality: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    """The score of each row's choice."""
+    return quality[np.arange(len(quality)), choice]
+
+
+def mix_figures(quality: np.ndarray, choice: np.ndarray, names: list[str] | None = None) -> dict[str, Any]:
+    """The figures of a choice for each row of scores [n, candidates], cheapest first and strongest last."""
+    n, k = quality.shape
+    names = names or [str(i) for i in range(k)]
+    policy, means = picked(quality, choice), quality.mean(0)
+    shares = np.bincount(choice, minlength=k) / n
+    sent = np.eye(k)[choice]
+    best = int(means.argmax())
     return {
-        "n": len(weak),
-        "n_differently_scored": int(np.count_nonzero(gain)),
-        "share_strong": share,
+        "n": n,
+        "n_differently_scored": int(np.count_nonzero(quality.max(1) > quality.min(1))),
+        "share_strong": float(shares[-1]),
+        "shares": dict(zip(names, shares.tolist(), strict=True)),
         "policy": {"mean": float(policy.mean()), "ci95": _interval(policy)},
-        "always_weak": {"mean": float(weak.mean()), "ci95": _interval(weak)},
-        "always_strong": {"mean": float(strong.mean()), "ci95": _interval(strong)},
-        "random_same_share": float(weak.mean() + share * gain.mean()),
-        "oracle": float(np.maximum(weak, strong).mean()),
-        "gain_over_random": _covariance(sent, gain),
-        "loss_to_strong": {"mean": float((strong - policy).mean()), "ci95": _interval(strong - policy)},
+        "always": {
+            name: {"mean": float(m), "ci95": _interval(q)}
+            for name, m, q in zip(names, means, quality.T, strict=True)
+        },
+        "always_weak": {"mean": float(means[0]), "ci95": _interval(quality[:, 0])},
+        "always_strong": {"mean": float(means[-1]), "ci95": _interval(quality[:, -1])},
+        "best_single": {"name": names[best], "mean": float(means[best])},
+        "random_same_share": float(shares @ means),
+        "oracle": float(quality.max(1).mean()),
+        "gain_over_random": _over_random(sent, quality),
+        "loss_to_strong": {
+            "mean": float((quality[:, -1] - policy).mean()),
+            "ci95": _interval(quality[:, -1] - policy),
+        },
     }
+
+
+def figures(weak: np.ndarray, strong: np.ndarray, sent: np.ndarray) -> dict[str, Any]:
+    """The figures of sending the items in `sent` (bool) to strong, of two candidates."""
+    return mix_figures(np.column_stack([weak, strong]), sent.astype(int))
 
 
 def verdict(found: dict[str, Any], max_loss: float) -> tuple[bool, str]:
@@ -67,7 +128,8 @@ def verdict(found: dict[str, Any], max_loss: float) -> tuple[bool, str]:
     gain, share, points = 100 * found["gain_over_random"]["mean"], found["share_strong"], 100 * max_loss
     if found["n_differently_scored"] == 0:
         return False, f"Not worth it: no item of {found['n']} is scored differently; use weak alone."
-    if share in (0, 1):
+    lone = next((name for name, part in found["shares"].items() if part == 1), None)
+    if share in (0, 1) or lone:
         sent, alone, loss = (
             ("nothing", "weak", strong - weak) if share == 0 else ("everything", "strong", 0.0)
         )
@@ -91,19 +153,19 @@ def _interval(values: np.ndarray) -> list[float]:
     return _ends(lambda picks: values[picks].mean(1), len(values))
 
 
-def _covariance(sent: np.ndarray, gain: np.ndarray) -> dict[str, Any]:
-    def statistic(picks: np.ndarray) -> np.ndarray:
-        s, g = sent[picks], gain[picks]
-        return (s * g).mean(1) - s.mean(1) * g.mean(1)
+def _over_random(sent: np.ndarray, quality: np.ndarray) -> dict[str, Any]:
+    """Mean and interval of policy minus random at the same shares; `sent` is 1 at the choice, [n, candidates]."""
 
-    return {
-        "mean": float((sent * gain).mean() - sent.mean() * gain.mean()),
-        "ci95": _ends(statistic, len(sent)),
-    }
+    def statistic(picks: np.ndarray) -> np.ndarray:
+        s, q = sent[picks], quality[picks]
+        return (s * q).sum(2).mean(1) - (s.mean(1) * q.mean(1)).sum(1)
+
+    everything = np.arange(len(sent))[None]
+    return {"mean": float(statistic(everything)[0]), "ci95": _ends(statistic, len(sent))}
 
 
 def _ends(statistic: Any, n: int) -> list[float]:
     """The 2.5 and 97.5 percentiles of a statistic over resamples of n items, 200 resamples at a time."""
     chance = np.random.default_rng(SEED)
     found = np.concatenate([statistic(chance.integers(0, n, (200, n))) for _ in range(RESAMPLES // 200)])
-    return [float(v) for v in np.percentile(found, [2.5, 97.5])]
+    return np.asarray(np.percentile(found, [2.5, 97.5])).tolist()

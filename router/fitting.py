@@ -1,147 +1,346 @@
 """Fit a policy on reports, and evaluate it on others.
 
-Items fall in two halves by the hash of the request's text. The ridge on the per-item gain is fitted
-on one; the threshold is chosen on the other, which the ridge did not see. The figures printed are of
-that second half, cross-fitted: each item is routed by a threshold chosen without it.
+Items fall in two halves by the hash of the request's text. The heads are fitted on one; the rule is
+chosen on the other, which they did not see. The figures printed are of that second half,
+cross-fitted: each item is routed by a rule chosen without it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeft.errors import UsageError
-from edgeft.router import ridge
+from edgeft.errors import UsageError, unknown
+from edgeft.router import costs, privacy, ridge, rule
+from edgeft.router.drafts import Draft
+from edgeft.router.duplicates import signatures
 from edgeft.router.features import SPEC, matrix
-from edgeft.router.figures import choose_threshold, figures, verdict
-from edgeft.router.policy import LoadedPolicy, predicted_gain, save_policy
-from edgeft.router.reports import Pair, join, refuse_used, used_before
+from edgeft.router.figures import choose_loss_threshold, loss_choices, mix_figures, thresholds, verdict
+from edgeft.router.heads import read, scores_of
+from edgeft.router.policy import LoadedPolicy, save_policy
+from edgeft.router.reports import Item, Joined, join, names_in, refuse_used, used_before
 from edgeft.types import Policy
 
 FOLDS = 5
+GRID_POINTS = 150  # rules that a certificate may choose among
 SEEN = "fit router"
 
 
-def fit(
-    reports: Sequence[Path],
-    weak: str,
-    strong: str,
-    out: Path,
-    max_loss: float = 0.01,
-    allow_seen_rows: bool = False,
-) -> LoadedPolicy:
-    """Fit a policy between two models of the reports and write it to `out`.
+@dataclass(frozen=True)
+class Options:
+    """How to fit. Shares and scores are in 0..1."""
 
-    The threshold sends the smallest share to strong whose mean score is at most `max_loss` (0.01 is
-    one point) below always-strong's. Raises UsageError for inputs that can't carry a policy.
+    max_loss: float = 0.01  # mean score that may be lost to always-strong
+    allow_seen_rows: bool = False
+    prices: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # id -> USD per million tokens in, out
+    local: tuple[str, ...] = ()  # candidates that are in the house whatever their address
+    unit: str | None = None  # "usd" or "steps"; None: usd where the prices are known
+    watts: float | None = None
+    usd_per_kwh: float | None = None
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    rule: Mapping[str, Any] = field(default_factory=dict)  # settings beside the one that is chosen here
+    encoder: Path | None = None  # folder of `edgeft route encoder`
+    cascade: bool = (
+        False  # fit a judge of the cheapest candidate's drafts, and of a second local one's agreement
+    )
+    far_share: float = 0.0  # share of fitting rows that would count as far: sets rule.far
+
+
+def fit(
+    places: Sequence[Path], ids: Sequence[str], out: Path, options: Options | None = None
+) -> LoadedPolicy:
+    """Fit a policy between two or more candidates and write it to `out`. The candidates are ordered by cost, the one with the
+    best mean score last; without prices they stand in the order given.
+
+    The threshold sends as little as it can to the strongest while the mean score stays within `max_loss` of always-strong's.
+    Raises UsageError for inputs that can't carry a policy.
     """
-    joined = join(reports, weak, strong)
-    before = used_before([joined.weak, joined.strong])
-    if not allow_seen_rows:
-        refuse_used(joined.pairs, before, "fit a router")
-    to_fit, to_choose = halves(joined.pairs)
-    head = ridge.fit(matrix([p.request for p in to_fit]), _gains(to_fit))
-    # The weights that will decide are float32: score with these.
-    head_weights, bias = np.float32(head.weights).astype(float), float(np.float32(head.bias))
-    scores = np.clip(matrix([p.request for p in to_choose]) @ head_weights + bias, -1.0, 1.0)
-    weak_scores, strong_scores = _scores(to_choose)
-    threshold = choose_threshold(scores, weak_scores, strong_scores, max_loss)
-    found = figures(weak_scores, strong_scores, _cross_fitted(to_choose, scores, max_loss))
-    worth_it, sentence = verdict(found, max_loss)
+    options = options or Options()
+    joined = join(places, list(ids) or names_in(places))
+    _apply(options, joined.candidates)
+    settings = costs.settle(
+        {"watts": options.watts, "usd_per_kwh": options.usd_per_kwh}, joined.candidates, options.unit
+    )
+    joined = ordered(joined, settings)
+    before = used_before(joined.candidates)
+    if not options.allow_seen_rows:
+        refuse_used(joined.items, before, "fit a router")
+    to_fit, to_choose = halves(joined.items)
+    tensors, heads, features = fit_heads(to_fit, options)
+    if options.cascade:
+        more, features["cascade"] = fit_cascade(to_fit, joined.candidates, options.max_loss)
+        tensors |= more
+    scores = predicted(tensors, features, to_choose)
+    quality = np.array([item.scores for item in to_choose])
+    threshold = choose_loss_threshold(scores, quality, options.max_loss)
+    names = [c["id"] for c in joined.candidates]
+    found = mix_figures(quality, _cross_fitted(to_choose, scores, quality, options.max_loss), names)
+    worth_it, sentence = verdict(found, options.max_loss)
+    far = _far(to_fit, tensors, options.far_share)
     policy = Policy(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        weak=joined.weak,
-        strong=joined.strong,
-        features=dict(SPEC),
-        threshold=threshold,
+        candidates=joined.candidates,
+        features=features,
+        rule={
+            **rule.DEFAULTS,
+            "far": far,
+            **_known(options.rule, rule.DEFAULTS, "rule"),
+            "threshold": threshold,
+        },
+        privacy={**privacy.DEFAULTS, **_known(options.privacy, privacy.DEFAULTS, "privacy")},
+        cost=settings,
         fitted={
-            "reports": [str(folder) for folder in reports],
+            "reports": [str(place) for place in places],
             "n_fit": len(to_fit),
             "n_threshold": len(to_choose),
             "n_unscored": joined.unscored,
-            "head": {
-                "kind": "ridge on strong - weak",
-                "strength": head.strength,
-                "loo_mse": head.loo_mse,
-                "constant_mse": head.constant_mse,
-            },
-            "max_loss": max_loss,
-            "threshold_rule": "smallest share to strong whose mean score is within max_loss of strong's",
-            "share_strong_at_threshold": float(np.mean(scores >= threshold)),
+            "heads": heads,
+            "max_loss": options.max_loss,
+            "grid": grid_of(scores),
+            "threshold_rule": "smallest share to the strongest whose mean score is within max_loss of the strongest's",
+            "share_strong_at_threshold": float(np.mean(loss_choices(scores, threshold) == len(names) - 1)),
             "figures_of": f"the threshold items, each by a threshold chosen without it ({FOLDS} folds)",
             "figures": found,
             "worth_it": worth_it,
             "verdict": sentence,
         },
-        seen_rows={**before, SEEN: sorted({h for pair in joined.pairs for h in pair.hashes})},
+        seen_rows={**before, SEEN: sorted({h for item in joined.items for h in item.hashes})},
     )
-    return save_policy(policy, head_weights, bias, out)
+    return save_policy(policy, tensors, out)
 
 
-def evaluate(policy: LoadedPolicy, reports: Sequence[Path]) -> dict[str, Any]:
-    """The policy's figures on reports whose items it has not seen.
+def evaluate(policy: LoadedPolicy, places: Sequence[Path]) -> dict[str, Any]:
+    """The policy's figures on reports whose items it has not seen: what `decide` gives for each request, by its rule.
 
     Raises UsageError naming items that it has seen, or a candidate that is another artefact now.
     """
-    stored = policy.policy
-    joined = join(reports, stored.weak["id"], stored.strong["id"])
-    for before, now in ((stored.weak, joined.weak), (stored.strong, joined.strong)):
+    joined = same_candidates(policy, places)
+    refuse_used(joined.items, policy.policy.seen_rows, "evaluate the policy")
+    from edgeft.router.evaluation import report_of
+
+    return report_of(policy, joined, [str(place) for place in places])
+
+
+def same_candidates(policy: LoadedPolicy, places: Sequence[Path]) -> Joined:
+    """The items of the policy's candidates. Raises UsageError where one is another artefact than the policy's."""
+    names = list(policy.candidates)
+    joined = join(places, names)
+    for before, now in zip(policy.policy.candidates, joined.candidates, strict=True):
         if before["artifact_sha256"] != now["artifact_sha256"]:
             raise UsageError(
                 f"'{now['id']}' in the report is not the artefact that the policy was fitted on.",
-                f"edgeft route fit … --weak {stored.weak['id']} --strong {stored.strong['id']}",
+                f"edgeft route fit … {' '.join(f'--candidate {name}' for name in names)}",
             )
-    refuse_used(joined.pairs, stored.seen_rows, "evaluate the policy")
-    scores = np.array([predicted_gain(policy, pair.request) for pair in joined.pairs])
-    found = figures(*_scores(joined.pairs), scores >= stored.threshold)
-    worth_it, sentence = verdict(found, stored.fitted["max_loss"])
-    return {
-        "weak": stored.weak["id"],
-        "strong": stored.strong["id"],
-        "reports": [str(folder) for folder in reports],
-        "n_unscored": joined.unscored,
-        "threshold": stored.threshold,
-        "figures": found,
-        "worth_it": worth_it,
-        "verdict": sentence,
+    return joined
+
+
+def fit_heads(
+    items: Sequence[Item], options: Options
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """(tensors, what is said of the heads, features block). Targets: the first candidate's score, the others' gains over it."""
+    quality = np.array([item.scores for item in items])
+    x = matrix([item.request for item in items])
+    fitted = ridge.fit_all(x, targets_of(quality))
+    tensors = {
+        "text.weights": np.array([f.weights for f in fitted], np.float32),
+        "text.bias": np.array([f.bias for f in fitted], np.float32),
+        "seen.columns": (x != 0).any(0).astype(np.uint8),
+        "seen.signatures": signatures([item.request for item in items]),
+    }
+    said: dict[str, Any] = {
+        "kind": "ridge on the first score and the gains over it",
+        **{k: [getattr(f, k) for f in fitted] for k in ("strength", "loo_mse", "constant_mse")},
+    }
+    said["tokens"] = _token_head(items, x, tensors)
+    features: dict[str, Any] = dict(SPEC)
+    if options.encoder:
+        from edgeft.router.embedding import fit_embedding
+
+        more, blend, features["embedding"] = fit_embedding(
+            options.encoder, items, targets_of(quality), fitted
+        )
+        tensors |= more
+        said["embedding"] = blend
+    return tensors, said, features
+
+
+def fit_cascade(
+    items: Sequence[Item], candidates: Sequence[Mapping[str, Any]], max_loss: float
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, manifest block) of a judge over the cheapest candidate's drafts. Where the next cheapest is local too and is not
+    the strongest, its agreement is a feature. Raises UsageError where the reports hold no answers."""
+    from edgeft.router.cascade import fit_judge, judge_tensors
+
+    second = 1 if len(candidates) > 2 and not candidates[1].get("remote") else None
+    rows = [(item.request, draft_of(item, second)) for item in items]
+    quality = np.array([item.scores for item in items])
+    judge = fit_judge(rows, quality[:, -1] - quality[:, 0], quality[:, 0], max_loss)
+    tensors, block = judge_tensors(judge)
+    return tensors, {
+        **block,
+        "draft": candidates[0]["id"],
+        "second": None if second is None else candidates[second]["id"],
     }
 
 
-def halves(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+def draft_of(item: Item, second: int | None) -> Draft:
+    """The cheapest candidate's answer as a draft. Raises UsageError where the item holds none."""
+    text = item.outputs[0] if item.outputs else None
+    if text is None:
+        raise UsageError(
+            f"the item '{item.item_id}' holds no answer, which a cascade is fitted on.",
+            "edgeft bench …, without --cascade",
+        )
+    other = item.outputs[second] if second is not None else None
+    return Draft(text, None, item.logprobs[0] if item.logprobs else None, other)
+
+
+def targets_of(quality: np.ndarray) -> np.ndarray:
+    """What the heads learn: column 0 as it is, the others less column 0."""
+    return np.column_stack([quality[:, 0], quality[:, 1:] - quality[:, :1]])
+
+
+def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Sequence[Item]) -> np.ndarray:
+    """Expected scores [items, candidates] as `decide` computes them from these tensors."""
+    texts = [item.request for item in items]
+    outputs = matrix(texts) @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
+    if features.get("embedding"):
+        from edgeft.router.embedding import blended, load_encoder
+
+        spec = features["embedding"]
+        outputs = blended(tensors, spec, outputs, load_encoder(spec), texts)
+    gains = np.clip(outputs[:, 1:], -1.0, 1.0)
+    return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])
+
+
+def scores_by_decide(policy: LoadedPolicy, items: Sequence[Item]) -> np.ndarray:
+    """The same from a loaded policy, one request at a time."""
+    return np.array([scores_of(policy, read(policy, item.request)) for item in items])
+
+
+def ordered(joined: Joined, settings: Mapping[str, Any]) -> Joined:
+    """Candidates by cost, the one with the best mean score last; what costs more than that one and is worse stands before it."""
+    price = costs.cheapest_first(joined.candidates, settings)
+    means = joined.quality.mean(0)
+    if settings["unit"] == "usd":
+        best = max(range(len(price)), key=lambda i: (means[i], price[i]))
+        order = [*sorted((i for i in range(len(price)) if i != best), key=lambda i: (price[i], i)), best]
+    else:
+        order = list(range(len(price)))  # as given
+
+    def moved(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[k] for k in order) if values else ()
+
+    items = [
+        replace(
+            item,
+            scores=moved(item.scores),
+            output_tokens=moved(item.output_tokens),
+            outputs=moved(item.outputs),
+            logprobs=moved(item.logprobs),
+        )
+        for item in joined.items
+    ]
+    return Joined([joined.candidates[k] for k in order], items, joined.unscored)
+
+
+def halves(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     """Two halves by the hash of the request's text; items with the same text stay together."""
-    ordered = sorted(pairs, key=lambda p: (_digest(p.request, "half"), p.item_id))
-    cut = len(ordered) // 2
-    while cut < len(ordered) - 1 and ordered[cut].request == ordered[cut - 1].request:
+    in_order = sorted(items, key=lambda p: (_digest(p.request, "half"), p.item_id))
+    cut = len(in_order) // 2
+    while cut < len(in_order) - 1 and in_order[cut].request == in_order[cut - 1].request:
         cut += 1
-    return ordered[:cut], ordered[cut:]
+    return in_order[:cut], in_order[cut:]
 
 
-def _cross_fitted(pairs: Sequence[Pair], scores: np.ndarray, max_loss: float) -> np.ndarray:
-    """Which items go to strong, each by the threshold that the other folds choose."""
-    weak, strong = _scores(pairs)
-    fold = np.array([int(_digest(pair.request, "fold")[:8], 16) % FOLDS for pair in pairs])
-    sent = np.zeros(len(pairs), bool)
+def grid_of(scores: np.ndarray) -> list[float]:
+    """The thresholds that a certificate may choose among, strict to lax: set here, before its rows are seen."""
+    found = thresholds(scores, GRID_POINTS)
+    return [rule.ALWAYS_STRONG, *found.tolist(), rule.ALWAYS_WEAK]
+
+
+def _cross_fitted(
+    items: Sequence[Item], scores: np.ndarray, quality: np.ndarray, max_loss: float
+) -> np.ndarray:
+    """The choice for each item, by the threshold that the other folds choose."""
+    fold = np.array([int(_digest(item.request, "fold")[:8], 16) % FOLDS for item in items])
+    choice: np.ndarray = np.zeros(len(items), int)
     for index in np.unique(fold):
         here, others = fold == index, fold != index
         if others.any():
-            sent[here] = scores[here] >= choose_threshold(
-                scores[others], weak[others], strong[others], max_loss
+            choice[here] = loss_choices(
+                scores[here], choose_loss_threshold(scores[others], quality[others], max_loss)
             )
-    return sent
+    return choice
+
+
+def _token_head(
+    items: Sequence[Item], x: np.ndarray, tensors: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Fit log(1 + output tokens) of every candidate where all are known; kept where it beats the mean left-one-out."""
+    if any(value is None for item in items for value in item.output_tokens):
+        return None
+    target = np.log1p(np.array([item.output_tokens for item in items], float))
+    if float(target.std(0).max()) < 1e-9:
+        return None
+    fitted = ridge.fit_all(x, target)
+    worth = [f.loo_mse < f.constant_mse for f in fitted]
+    tensors["tokens.weights"] = np.array(
+        [f.weights if w else np.zeros_like(f.weights) for f, w in zip(fitted, worth, strict=True)], np.float32
+    )
+    tensors["tokens.bias"] = np.array(
+        [f.bias if w else t for f, w, t in zip(fitted, worth, target.mean(0), strict=True)], np.float32
+    )
+    return {
+        "loo_mse": [f.loo_mse for f in fitted],
+        "constant_mse": [f.constant_mse for f in fitted],
+        "used": worth,
+    }
+
+
+def _far(items: Sequence[Item], tensors: Mapping[str, np.ndarray], share: float) -> float | None:
+    """The similarity below which `share` of rows lie, each against the others (five folds)."""
+    if share <= 0:
+        return None
+    fold = np.array([int(_digest(item.request, "fold")[:8], 16) % FOLDS for item in items])
+    x = matrix([item.request for item in items])
+    found = np.ones(len(items))
+    for index in np.unique(fold):
+        here = fold == index
+        found[here] = (x[here] ** 2) @ (x[~here] != 0).any(0)
+    return float(np.quantile(found, share))
+
+
+def _apply(options: Options, candidates: list[dict[str, Any]]) -> None:
+    names = [c["id"] for c in candidates]
+    for name in (*options.prices, *options.local):
+        if name not in names:
+            raise unknown("the candidate", name, names, f"of: {', '.join(names)}")
+    for candidate in candidates:
+        if candidate["id"] in options.local:
+            candidate["remote"] = False
+        if price := options.prices.get(candidate["id"]):
+            candidate["price"] = {
+                "usd_per_mtok_in": price[0],
+                "usd_per_mtok_out": price[1],
+                "source": "given by hand",
+            }
+
+
+def _known(given: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    for name in given:
+        if name not in known:
+            raise unknown(f"the {kind} setting", name, known, f"of: {', '.join(known)}")
+    return given
 
 
 def _digest(text: str, salt: str) -> str:
     return hashlib.sha256(f"{salt}:{text}".encode(errors="surrogatepass")).hexdigest()
-
-
-def _scores(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([p.weak for p in pairs]), np.array([p.strong for p in pairs])
-
-
-def _gains(pairs: Sequence[Pair]) -> np.ndarray:
-    return np.array([p.strong - p.weak for p in pairs])

@@ -1,93 +1,184 @@
-"""A fitted policy on disk and in memory, and the decision it takes.
+"""A fitted policy on disk and in memory.
 
-policy/policy.json           types.Policy
-policy/weights.safetensors   weights float32 [dimensions], bias float32 [1]
+policy/policy.json           edgeft.types.Policy
+policy/weights.safetensors   see TENSORS
+policy/certificate.json      what `edgeft route calibrate` found; absent until then
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import UsageError, missing_extra
-from edgeft.files import sha256_file, staged_folder
-from edgeft.router.features import DIMENSIONS, SPEC, request_text, vector
-from edgeft.types import Decision, Policy
+import numpy as np
 
-MANIFEST = "policy.json"
-WEIGHTS = "weights.safetensors"
-ALWAYS_STRONG, ALWAYS_WEAK = -2.0, 2.0  # thresholds beyond any gain, which lies in -1..1
+from edgeft.errors import UsageError, missing_extra
+from edgeft.files import read_json, sha256_file, sha256_json, staged_folder, write_json
+from edgeft.router import privacy, rule
+from edgeft.router.features import SPEC
+from edgeft.types import Policy
+
+MANIFEST, WEIGHTS, CERTIFICATE = "policy.json", "weights.safetensors", "certificate.json"
+FIT_AGAIN = "edgeft route fit report/ --weak ID --strong ID --out policy/"
+# K candidates, D hashed columns, E dimensions of the embedding, m landmarks, n fitting rows. Float32 where not said.
+# Column 0 of an output is the cheapest candidate's score; column i the gain of candidate i over it.
+TENSORS = {
+    "text.weights": "[K, D]",
+    "text.bias": "[K]",
+    "tokens.weights": "[K, D], of log(1 + output tokens)",
+    "tokens.bias": "[K]",
+    "landmark.vectors": "[m, E]",
+    "landmark.weights": "[m, K]",
+    "landmark.bias": "[K]",
+    "memory.vectors": "float16 [n, E]",
+    "memory.targets": "[n, K]",
+    "blend": "[heads, K], heads: hashed, kernel, neighbours",
+    "blend.means": "[K]",
+    "judge.landmarks, .weights, .bias, .mean, .scale": "the judge of drafts: router/cascade.py",
+    "seen.columns": "uint8 [D], 1 where a fitting row had the column",
+    "seen.signatures": "uint32 [n, 32], MinHash of the fitting rows",
+}
 
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy with its weights in memory. `weights` is a tuple: one lookup is faster than numpy's."""
+    """A policy with its weights in memory. Rows of weights are tuples: one lookup in them is faster than numpy's."""
 
     policy: Policy
-    weights: tuple[float, ...]
-    bias: float
+    weights: tuple[
+        tuple[float, ...], ...
+    ]  # one row a candidate: its score (the first), or its gain over the first
+    bias: tuple[float, ...]
+    arrays: dict[str, Any] = field(default_factory=dict, compare=False)  # the other tensors, by their names
+    certificate: dict[str, Any] | None = None
+    judge: Any = field(default=None, compare=False)  # cascade.Judge, where the policy drafts first
+    encoder: Any = field(default=None, compare=False)  # text -> embedding, where the policy has such a head
 
     @property
     def candidates(self) -> dict[str, dict[str, Any]]:
-        """Id -> candidate, the weak one first."""
-        return {c["id"]: c for c in (self.policy.weak, self.policy.strong)}
+        """Id -> candidate, cheapest first; the last one is the strongest."""
+        return {c["id"]: c for c in self.policy.candidates}
+
+    @property
+    def sha256(self) -> str:
+        """A hash of everything that decides: what a certificate and a log line name."""
+        return policy_sha256(self.policy)
 
 
-def decide(policy: LoadedPolicy, request: str | Sequence[dict[str, Any]]) -> Decision:
-    """Where one request (its text, or its messages) goes. Pure: no I/O, no clock, no randomness."""
-    gain = predicted_gain(policy, request_text(request))
-    threshold = policy.policy.threshold
-    role, candidate = ("strong", policy.policy.strong) if gain >= threshold else ("weak", policy.policy.weak)
-    if threshold == ALWAYS_STRONG:
-        reason = "policy sends every request to strong"
-    elif threshold == ALWAYS_WEAK:
-        reason = "policy sends every request to weak"
-    else:
-        reason = (
-            f"predicted gain {gain:+.3f} is {'at or above' if role == 'strong' else 'below'} {threshold:+.3f}"
-        )
-    return Decision(candidate["id"], role, gain, threshold, reason)
+def policy_sha256(policy: Policy) -> str:
+    """Hash of candidates, features, rule and privacy, without the dates and figures. Where an artefact lies does not count."""
+    candidates = [{k: v for k, v in c.items() if k != "path"} for c in policy.candidates]
+    return sha256_json([candidates, policy.features, policy.rule, policy.privacy, policy.cost])
 
 
-def predicted_gain(policy: LoadedPolicy, text: str) -> float:
-    """Expected score of strong minus weak, in -1..1."""
-    gain = policy.bias + sum(policy.weights[column] * value for column, value in vector(text).items())
-    return min(1.0, max(-1.0, gain))
-
-
-def save_policy(policy: Policy, weights: Any, bias: float, out: Path) -> LoadedPolicy:
+def save_policy(policy: Policy, tensors: dict[str, Any], out: Path) -> LoadedPolicy:
     """Write the folder whole or not at all; returns the policy as it reads back."""
-    import numpy as np
-
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no policy; it is left alone.", "--out policy/")
     save_file = _safetensors().save_file
     with staged_folder(out) as staging:
-        tensors = {"weights": np.asarray(weights, np.float32), "bias": np.asarray([bias], np.float32)}
-        save_file(tensors, staging / WEIGHTS)
+        plain = {
+            n: np.ascontiguousarray(v, np.float32) if v.dtype == np.float64 else v for n, v in tensors.items()
+        }
+        save_file(plain, staging / WEIGHTS)
         policy.features["weights_sha256"] = sha256_file(staging / WEIGHTS)
         policy.save(staging / MANIFEST)
     return load_policy(out)
 
 
-def load_policy(folder: Path) -> LoadedPolicy:
-    """Read a policy folder. Raises UsageError where it is absent, damaged, or of other features."""
-    again = "edgeft route fit report/ --weak ID --strong ID --out policy/"
+def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
+    """Read a policy folder. Raises UsageError where it is absent, damaged, of other features, or holds a setting that is
+    not known. `encoder` (text -> unit vector) is for tests; by default the policy's own is loaded when it has one.
+    """
     if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} holds no {MANIFEST}.", again)
+        raise UsageError(f"{folder} holds no {MANIFEST}.", FIT_AGAIN)
     policy = Policy.load(folder / MANIFEST)
-    features = {k: v for k, v in policy.features.items() if k != "weights_sha256"}
-    if features != SPEC:
-        raise UsageError(f"{folder}: the policy's features are not those of this edgeft.", again)
+    check(policy, folder)
     path = folder / WEIGHTS
     if not path.is_file() or sha256_file(path) != policy.features.get("weights_sha256"):
-        raise UsageError(f"{path} is missing or not the one that {MANIFEST} names.", again)
-    tensors = _safetensors().load_file(path)
-    if tensors["weights"].shape != (DIMENSIONS,):
-        raise UsageError(f"{path} has weights of shape {tensors['weights'].shape}.", again)
-    return LoadedPolicy(policy, tuple(tensors["weights"].tolist()), float(tensors["bias"][0]))
+        raise UsageError(f"{path} is missing or not the one that {MANIFEST} names.", FIT_AGAIN)
+    tensors = dict(_safetensors().load_file(path))
+    k, columns = len(policy.candidates), SPEC["dimensions"]
+    weights, bias = tensors.pop("text.weights"), tensors.pop("text.bias")
+    if weights.shape != (k, columns) or bias.shape != (k,):
+        raise UsageError(f"{path} has weights of shape {weights.shape} and {k} candidates.", FIT_AGAIN)
+    if encoder is None and policy.features.get("embedding"):
+        from edgeft.router.embedding import load_encoder
+
+        encoder = load_encoder(policy.features["embedding"])
+    if "seen.columns" in tensors:
+        tensors["seen.columns"] = tensors["seen.columns"].tobytes()
+    if "tokens.weights" in tensors:
+        tensors["tokens.weights"] = tuple(map(tuple, tensors["tokens.weights"].tolist()))
+    if "memory.vectors" in tensors:
+        tensors["memory.vectors"] = tensors["memory.vectors"].astype(
+            np.float32
+        )  # once, not at every decision
+    judge = None
+    if block := policy.features.get("cascade"):
+        from edgeft.router.cascade import load_judge
+
+        try:
+            judge = load_judge(tensors, block)
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{folder}: the policy's judge is not whole: {error}.", FIT_AGAIN) from None
+    certificate = read_certificate(folder, policy)
+    return LoadedPolicy(
+        policy,
+        tuple(map(tuple, weights.tolist())),
+        tuple(bias.tolist()),
+        tensors,
+        certificate,
+        judge,
+        encoder,
+    )
+
+
+def read_certificate(folder: Path, policy: Policy) -> dict[str, Any] | None:
+    """The folder's certificate with `void` telling why it does not hold for this policy (None where it does)."""
+    if not (folder / CERTIFICATE).is_file():
+        return None
+    found = read_json(folder / CERTIFICATE)
+    void = None
+    if not isinstance(found, dict) or found.get("schema") != "edgeft/certificate@1":
+        found, void = {}, "it is no certificate of this edgeft"
+    elif found.get("policy_sha256") != policy_sha256(policy):
+        void = "the policy, or an artefact of it, is another one than was certified"
+    return {**found, "void": void}
+
+
+def write_certificate(folder: Path, certificate: dict[str, Any]) -> None:
+    """Put a certificate beside its policy."""
+    write_json(folder / CERTIFICATE, certificate)
+
+
+def check(policy: Policy, folder: Path) -> None:
+    """Refuse what decide could misread: an unknown setting must not pass as none."""
+    from edgeft.errors import unknown
+
+    features = {
+        k: v for k, v in policy.features.items() if k not in ("weights_sha256", "embedding", "cascade")
+    }
+    if features != SPEC:
+        raise UsageError(f"{folder}: the policy's features are not those of this edgeft.", FIT_AGAIN)
+    if not policy.candidates or len({c["id"] for c in policy.candidates}) < len(policy.candidates):
+        raise UsageError(f"{folder}: a policy needs candidates with names of their own.", FIT_AGAIN)
+    for kind, given, known in (
+        ("rule", policy.rule, rule.DEFAULTS),
+        ("privacy", policy.privacy, privacy.DEFAULTS),
+    ):
+        for name in given:
+            if name not in known:
+                raise unknown(f"{folder}: the {kind} setting", name, known, f"{folder / MANIFEST}")
+    for name in policy.privacy.get("patterns", ()):
+        if name not in privacy.PATTERNS:
+            raise unknown(f"{folder}: the pattern", name, privacy.PATTERNS, f"{folder / MANIFEST}")
+    if policy.rule.get("kind") not in ("loss", "tradeoff"):
+        raise UsageError(
+            f"{folder}: the rule's kind {policy.rule.get('kind')!r} is neither 'loss' nor 'tradeoff'.",
+            FIT_AGAIN,
+        )
 
 
 def _safetensors() -> Any:

@@ -1,12 +1,17 @@
-"""What the router reads of a report: the candidates and the items that both answered."""
+"""What the router reads: reports of `edgeft bench`, or a table of one's own, as candidates and the items that all answered."""
 
 from __future__ import annotations
 
+import csv
+import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
 
 from edgeft.errors import UsageError, unknown
 from edgeft.router.features import content_text
@@ -14,71 +19,87 @@ from edgeft.types import BenchReport
 
 MIN_ITEMS = 20
 USED_BEFORE = ("train", "calibrate")  # steps whose rows say nothing about unseen requests
+BENCH = "edgeft bench dist/ --tasks rows.jsonl --out report/"
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One item that both candidates answered. Scores are in 0..1."""
+class Item:
+    """One request that every candidate answered. Tuples are in the order of the candidates."""
 
     item_id: str
     hashes: tuple[str, ...]  # of the prompt, and of the row where the report has it
     request: str  # the text of the last user message
-    weak: float
-    strong: float
+    scores: tuple[float, ...]  # 0..1
+    output_tokens: tuple[float | None, ...]
+    prompt_tokens: float | None = None
+    group: str | None = None  # a domain, to report by; never a feature
+    outputs: tuple[str | None, ...] = ()  # what each answered
+    logprobs: tuple[float | None, ...] = ()  # mean log-probability of each answer's tokens
 
 
 @dataclass(frozen=True)
 class Joined:
-    """The items of both candidates, and who these are."""
+    """The items of all candidates, and who these are."""
 
-    weak: dict[str, Any]
-    strong: dict[str, Any]
-    pairs: list[Pair]
-    unscored: int  # joined items left out because one of the two has no score
+    candidates: list[dict[str, Any]]
+    items: list[Item]
+    unscored: int  # joined items left out because a candidate has no score
+
+    @property
+    def quality(self) -> np.ndarray:
+        """Scores, float64 [items, candidates]."""
+        return np.array([item.scores for item in self.items])
 
 
-def join(folders: Sequence[Path], weak_id: str, strong_id: str) -> Joined:
-    """Read reports and join the two candidates on item_id.
+def join(places: Sequence[Path], ids: Sequence[str]) -> Joined:
+    """Read reports (folders) or tables (CSV, JSONL) and join the candidates on item_id.
 
-    Raises UsageError for an unknown id, an item measured twice, an artefact that differs between
-    reports, items without scores, and fewer than MIN_ITEMS joined items.
+    Raises UsageError for an unknown id, an item measured twice, an artefact that differs between reports, items without
+    scores, and fewer than MIN_ITEMS joined items.
     """
-    if weak_id == strong_id:
-        raise UsageError(f"weak and strong are both '{weak_id}'.", "name two models of the report")
-    results = [(folder, result) for folder in folders for result in _report(folder).results]
-    items = [item for folder in folders for item in _items(folder)]
-    weak, strong = (_candidate(name, results, items) for name in (weak_id, strong_id))
-    weak_items, strong_items = (_by_item(name, items) for name in (weak_id, strong_id))
-    both = [item_id for item_id in weak_items if item_id in strong_items]
-    scored = [
-        i for i in both if weak_items[i].get("score") is not None and strong_items[i].get("score") is not None
-    ]
-    where = ", ".join(str(folder) for folder in folders)
-    if both and not scored:
+    if len(set(ids)) < max(2, len(ids)):
+        raise UsageError(f"{' and '.join(f'{name!r}' for name in ids)}: two or more different candidates are needed.",
+                         "name two models of the report")  # fmt: skip
+    results = [(place, result) for place in places for result in _results(place)]
+    items = [item for place in places for item in _items(place)]
+    candidates = [_candidate(name, results, items) for name in ids]
+    by_item = [_by_item(name, items) for name in ids]
+    shared = [item_id for item_id in by_item[0] if all(item_id in other for other in by_item[1:])]
+    scored = [i for i in shared if all(other[i].get("score") is not None for other in by_item)]
+    where = ", ".join(str(place) for place in places)
+    if shared and not scored:
         raise UsageError(
-            f"none of the {len(both)} items in {where} has a score.",
+            f"none of the {len(shared)} items in {where} has a score.",
             "edgeft bench … --tasks rows.jsonl, with rows whose task can be graded",
         )
     if len(scored) < MIN_ITEMS:
-        left_out = f", {len(both) - len(scored)} left out without a score" if len(both) > len(scored) else ""
+        left_out = (
+            f", {len(shared) - len(scored)} left out without a score" if len(shared) > len(scored) else ""
+        )
+        names = f"both '{ids[0]}' and '{ids[1]}'" if len(ids) == 2 else f"all of {', '.join(ids)}"
         raise UsageError(
-            f"{where}: {len(scored)} items were answered by both '{weak_id}' and '{strong_id}'{left_out}; "
-            f"{MIN_ITEMS} are needed.",
+            f"{where}: {len(scored)} items were answered by {names}{left_out}; {MIN_ITEMS} are needed.",
             "edgeft bench … --tasks rows.jsonl, with more rows",
         )
-    pairs = [_pair(weak_items[item_id], strong_items[item_id]) for item_id in scored]
-    return Joined(weak, strong, pairs, len(both) - len(scored))
+    return Joined(
+        candidates, [_item([other[i] for other in by_item]) for i in scored], len(shared) - len(scored)
+    )
 
 
-def refuse_used(pairs: Sequence[Pair], seen: dict[str, list[str]], doing: str) -> None:
+def names_in(places: Sequence[Path]) -> list[str]:
+    """The models that the reports or tables know, in their order."""
+    return list(dict.fromkeys(result["id"] for place in places for result in _results(place)))
+
+
+def refuse_used(items: Sequence[Item], seen: Mapping[str, Sequence[str]], doing: str) -> None:
     """Refuse items that an earlier step has seen. `seen` maps a kind of step to hashes."""
     where = {digest: kind for kind, digests in seen.items() for digest in digests}
-    clashes = [(pair, where[h]) for pair in pairs for h in pair.hashes if h in where]
+    clashes = [(item, where[h]) for item in items for h in item.hashes if h in where]
     if clashes:
-        pair, kind = clashes[0]
-        count = len({pair.item_id for pair, _ in clashes})
+        item, kind = clashes[0]
+        count = len({item.item_id for item, _ in clashes})
         raise UsageError(
-            f"{count} item(s) were used to {kind} already (first: '{pair.item_id}') "
+            f"{count} item(s) were used to {kind} already (first: '{item.item_id}') "
             f"and cannot be used to {doing}.",
             "edgeft bench … --tasks OTHER.jsonl, and the report of that",
         )
@@ -98,34 +119,115 @@ def used_before(candidates: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     return seen
 
 
-def _report(folder: Path) -> BenchReport:
-    if not (folder / "report.json").is_file():
-        raise UsageError(
-            f"{folder} holds no report.json.", "edgeft bench dist/ --tasks rows.jsonl --out report/"
-        )
-    return BenchReport.load(folder / "report.json")
-
-
-def _items(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "items.jsonl"
-    if not path.is_file():
-        raise UsageError(
-            f"{folder} holds no items.jsonl.", "edgeft bench dist/ --tasks rows.jsonl --out report/"
-        )
-    items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+def is_remote(candidate_id: str, kind: str) -> bool:
+    """True unless a candidate is known to run on this box: API models, and servers at any address but loopback."""
+    if kind in ("artifact", "folder"):
+        return False
+    name, _, rest = candidate_id.partition(":")
+    if name == "openai" and "#" in rest:
+        host = urlsplit(rest.partition("#")[0]).hostname or ""
         try:
-            item = json.loads(line)
+            return not (host == "localhost" or ipaddress.ip_address(host).is_loopback)
+        except ValueError:
+            return True
+    return True
+
+
+def _results(place: Path) -> list[dict[str, Any]]:
+    if place.is_file():
+        served = ("litellm:", "openai:")
+        return [{"id": n, "kind": "api" if n.startswith(served) else "table"} for n in _table_names(place)]
+    if not (place / "report.json").is_file():
+        raise UsageError(f"{place} holds no report.json.", BENCH)
+    return BenchReport.load(place / "report.json").results
+
+
+def _items(place: Path) -> list[dict[str, Any]]:
+    if place.is_file():
+        return _table_items(place)
+    path = place / "items.jsonl"
+    if not path.is_file():
+        raise UsageError(f"{place} holds no items.jsonl.", BENCH)
+    items = []
+    for number, item in _json_lines(path):
+        try:
             item["item_id"], item["model_id"], item["prompt_hash"], item["request"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path} line {number} is not an item of a report: {type(error).__name__} {error}.",
-                f"sed -n {number}p {path}",
-            ) from None
+        except (KeyError, TypeError) as error:
+            raise _not_an_item(path, number, error) from None
         items.append(item)
     return items
+
+
+def _json_lines(path: Path) -> list[tuple[int, Any]]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise _not_an_item(path, number, error) from None
+    return found
+
+
+def _not_an_item(path: Path, number: int, error: Exception) -> UsageError:
+    return UsageError(
+        f"{path} line {number} is not an item of a report: {type(error).__name__} {error}.",
+        f"sed -n {number}p {path}",
+    )
+
+
+def _table(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV or JSONL table as flat dicts with their line numbers: see docs/routing.md for the columns."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as file:
+            return [(number, dict(row)) for number, row in enumerate(csv.DictReader(file), 2)]
+    if path.suffix == ".jsonl":
+        return _json_lines(path)
+    raise UsageError(f"{path} is no folder of `edgeft bench`, and neither .csv nor .jsonl.", BENCH)
+
+
+def _table_names(path: Path) -> list[str]:
+    columns = dict.fromkeys(name for _, row in _table(path) for name in row)
+    return [column.removesuffix(":score") for column in columns if column.endswith(":score")]
+
+
+def _table_items(path: Path) -> list[dict[str, Any]]:
+    from hashlib import sha256
+
+    items, names = [], _table_names(path)
+    for number, row in _table(path):
+        request = row.get("request")
+        if not isinstance(request, str | list) or not request or not names:
+            raise UsageError(
+                f"{path} line {number}: a table needs the column 'request', and 'NAME:score' for every candidate.",
+                "head -2 of it, beside docs/routing.md",
+            )
+        text = content_text(request)
+        digest = sha256(text.encode(errors="surrogatepass")).hexdigest()
+        for name in names:
+            score = _number(row.get(f"{name}:score"), path, number, f"{name}:score")
+            if score is not None and not 0 <= score <= 1:
+                raise UsageError(
+                    f"{path} line {number}: {name}:score is {score:g}, and 0 to 1 is needed.",
+                    f"sed -n {number}p {path}",
+                )
+            items.append(
+                {
+                    "item_id": str(row.get("id") or f"{path.name}:{number}"), "model_id": name, "prompt_hash": digest, "request": text,
+                    "score": score, "group": row.get("group"), "output": row.get(f"{name}:output"),
+                    **{k: _number(row.get(f"{name}:{k}"), path, number, f"{name}:{k}") for k in ("output_tokens", "prompt_tokens", "e2e_s")},
+                }
+            )  # fmt: skip
+    return items
+
+
+def _number(value: Any, path: Path, number: int, name: str) -> float | None:
+    if value in (None, ""):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{path} line {number}: {name} is no number.", f"sed -n {number}p {path}") from None
 
 
 def _candidate(
@@ -147,10 +249,14 @@ def _candidate(
     return {
         "id": name,
         "kind": result["kind"],
+        "remote": is_remote(name, result["kind"]),
         "engine": result.get("engine"),
         "path": _path(folder, result.get("path")),
         "artifact_sha256": result.get("artifact_sha256"),
         "price": result.get("price"),
+        "tools": None,  # not known: asked all the same
+        "context_tokens": None,
+        "mean_score": _mean([item.get("score") for item in own]),
         "mean_prompt_tokens": _mean([item.get("prompt_tokens") for item in own]),
         "mean_output_tokens": _mean([item.get("output_tokens") for item in own]),
         "mean_e2e_s": _mean([item.get("e2e_s") for item in own]),
@@ -184,8 +290,16 @@ def _by_item(name: str, items: list[dict[str, Any]]) -> dict[str, dict[str, Any]
     return found
 
 
-def _pair(weak: dict[str, Any], strong: dict[str, Any]) -> Pair:
-    hashes = tuple(h for h in (weak["prompt_hash"], weak.get("row_hash")) if h)
-    return Pair(
-        weak["item_id"], hashes, content_text(weak["request"]), float(weak["score"]), float(strong["score"])
+def _item(lines: Sequence[dict[str, Any]]) -> Item:
+    first = lines[0]
+    return Item(
+        first["item_id"],
+        tuple(h for h in (first["prompt_hash"], first.get("row_hash")) if h),
+        content_text(first["request"]),
+        tuple(float(line["score"]) for line in lines),
+        tuple(line.get("output_tokens") for line in lines),
+        first.get("prompt_tokens"),
+        first.get("group"),
+        tuple(line.get("output") for line in lines),
+        tuple(line.get("mean_logprob") for line in lines),
     )

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from edgeft.router import LoadedPolicy, decide
+from edgeft.router import LoadedPolicy, NoCandidate, decide, from_openai, removed_for
 from edgeft.serve import sse
 from edgeft.serve.admission import Admission, Busy
 from edgeft.serve.cache import AnswerCache, key_of
@@ -71,15 +71,26 @@ class Proxy:
         return self.admissions[candidate_id]
 
     def choose(self, request: ChatRequest) -> tuple[str, dict[str, str]]:
-        """(candidate's id, headers that say why). Raises Refusal (404) for a model that is not served."""
+        """(candidate's id, headers that say why). Raises Refusal (404) for a model that is not served, (403) for one that
+        the policy keeps from this request."""
+        asked = from_openai(request.fields)
         if request.model == AUTO:
-            decision = decide(self.policy, request.fields["messages"])
+            try:
+                decision = decide(self.policy, asked)
+            except NoCandidate as nobody:
+                raise Refusal(403 if nobody.private else 400, nobody.message, code="no_candidate") from None
             return decision.choice, {
                 "x-edgeft-route": decision.choice,
                 "x-edgeft-reason": decision.reason,
                 "x-edgeft-gain": f"{decision.predicted_gain:.4f}",
             }
         if request.model in self.policy.candidates:
+            if why := removed_for(self.policy, asked).get(request.model):
+                raise Refusal(
+                    403,
+                    f"The model '{request.model}' may not take this request ({why}).",
+                    code="no_candidate",
+                )
             return request.model, {
                 "x-edgeft-route": request.model,
                 "x-edgeft-reason": "pinned by the request",

@@ -19,6 +19,11 @@ def check(candidate: dict[str, Any], artifacts: Path | None = None) -> dict[str,
     if candidate["kind"] == "api":
         address_of(candidate["id"])
         return candidate
+    if candidate["path"] is None:
+        raise UsageError(
+            f"the policy's candidate '{candidate['id']}' comes from a table and names nothing that could be served.",
+            FIT_AGAIN,
+        )
     path = Path(candidate["path"])
     if artifacts is not None:
         path = artifacts / path.name

@@ -166,6 +166,15 @@ def make_tiny_dist(home: Path, tiny_models: dict[str, Path], tiny_adapters: dict
     return home
 
 
+@pytest.fixture(autouse=True)
+def plain_console(monkeypatch):
+    """A test's --json or --quiet does not stay for the next one."""
+    from edgeft.console import output
+
+    for name in ("json", "quiet", "debug"):
+        monkeypatch.setattr(output, name, False)
+
+
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
     """Twenty rows of the desk's report part."""

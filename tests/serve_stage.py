@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
@@ -24,7 +25,7 @@ pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 import uvicorn
 
 from edgeft.engines.chat_server import Sampling, Token, listen
-from edgeft.router import LoadedPolicy
+from edgeft.router import LoadedPolicy, rule
 from edgeft.router.features import DIMENSIONS, SPEC, vector
 from edgeft.serve.app import create_app
 from edgeft.serve.cache import AnswerCache
@@ -67,24 +68,23 @@ class Engine:
             self.left.set()
 
 
-def policy_of(weak: str = "weak", strong: str = "strong", **changes: Any) -> LoadedPolicy:
-    """Sends to strong what says 'refund', else to weak."""
+def policy_of(*names: str, **changes: Any) -> LoadedPolicy:
+    """Two candidates, 'weak' and 'strong' if not named: what says 'refund' goes to the second, the rest to the first."""
     (column, sign), *_ = vector("refund").items()
-    weights = [0.0] * DIMENSIONS
-    weights[column] = 9.0 * sign
-    sides = [
-        {
-            "id": name,
-            "kind": "api",
-            "engine": "openai",
-            "path": None,
-            "artifact_sha256": f"sha-{name}",
-            "price": None,
-        }
-        for name in (weak, strong)
-    ]
-    policy = Policy("2026-01-01T00:00:00+00:00", sides[0], sides[1], dict(SPEC), 0.3, {"max_loss": 0.01}, {})
-    return LoadedPolicy(replace(policy, **changes), tuple(weights), -0.2)
+    gain = [0.0] * DIMENSIONS
+    gain[column] = 9.0 * sign
+    candidates = [
+        {"id": name, "kind": "api", "remote": False, "engine": "openai", "path": None, "artifact_sha256": f"sha-{name}", "price": None}
+        for name in (names or ("weak", "strong"))
+    ]  # fmt: skip
+    settings = {**rule.DEFAULTS, "threshold": 0.3}
+    policy = Policy("2026-01-01T00:00:00+00:00", candidates, dict(SPEC), settings, {"max_loss": 0.01})
+    return LoadedPolicy(replace(policy, **changes), ((0.0,) * DIMENSIONS, tuple(gain)), (0.5, -0.2))
+
+
+def tensors_of(policy: LoadedPolicy) -> dict[str, Any]:
+    """What `save_policy` wants beside the policy."""
+    return {"text.weights": np.float32(policy.weights), "text.bias": np.float32(policy.bias)}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -120,7 +121,7 @@ def test_a_policy_of_one_sends_everything_to_it(lock_only, tmp_path):
     assert decide(policy, "whatever it is").choice == "gguf-q4_k_m"
     from edgeft.serve.candidates import check
 
-    found = check(policy.policy.weak, tmp_path / "x" / "artifacts")
+    found = check(policy.policy.candidates[0], tmp_path / "x" / "artifacts")
     assert found["path"].endswith("artifacts/gguf-q4_k_m")
 
 
@@ -129,6 +130,7 @@ def test_a_policy_brings_the_artefacts_it_was_fitted_on(tmp_path):
     artifact(tmp_path / "dist" / "other", b"o")
     from edgeft.router.features import DIMENSIONS, SPEC
     from edgeft.router.policy import save_policy
+    from edgeft.router.rule import DEFAULTS
     from edgeft.types import Policy
 
     sides = [
@@ -136,7 +138,8 @@ def test_a_policy_brings_the_artefacts_it_was_fitted_on(tmp_path):
          "artifact_sha256": Artifact.load(p / "artifact.json").sha256}
         for p in (weak, strong)
     ]  # fmt: skip
-    save_policy(Policy("2026", *sides, dict(SPEC), 0.1, {}, {}), [0.0] * DIMENSIONS, 0.0, tmp_path / "policy")
+    tensors = {"text.weights": np.zeros((2, DIMENSIONS), np.float32), "text.bias": np.zeros(2, np.float32)}
+    save_policy(Policy("2026", sides, dict(SPEC), dict(DEFAULTS), {}), tensors, tmp_path / "policy")
     manifest = bundle(
         Wanted([tmp_path / "dist"], PI, tmp_path / "policy", lock_only=True), tmp_path / "a.tar"
     )

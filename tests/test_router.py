@@ -15,12 +15,13 @@ import pytest
 
 from edgeft.cli import run as cli
 from edgeft.errors import UsageError
-from edgeft.router import decide, evaluate, fit, load_policy, ridge
+from edgeft.router import Options, decide, evaluate, fit, load_policy, ridge
 from edgeft.router.features import DIMENSIONS, matrix, request_text, vector
 from edgeft.router.figures import choose_threshold, figures, verdict
 from edgeft.router.fitting import halves
 from edgeft.types import BenchReport
 
+PAIR = ["weak", "strong"]
 WORDS = [
     "card",
     "payment",
@@ -198,12 +199,12 @@ def test_figures_against_plain_sums():
 
 
 def test_a_predictable_gain_is_found_and_holds_on_new_items(tmp_path):
-    policy = fit([write_report(tmp_path / "one", by_word(600, 1))], "weak", "strong", tmp_path / "policy")
+    policy = fit([write_report(tmp_path / "one", by_word(600, 1))], PAIR, tmp_path / "policy")
     found = policy.policy.fitted
     assert found["worth_it"] and found["verdict"].startswith("Worth it")
     assert found["figures"]["gain_over_random"]["ci95"][0] > 0.05
     assert found["n_fit"] + found["n_threshold"] == 600
-    assert decide(policy, "refund my card please").role == "strong"
+    assert decide(policy, "refund my card please").choice == "strong"
     assert decide(policy, "card limit address").choice == "weak"
 
     later = evaluate(policy, [write_report(tmp_path / "two", by_word(400, 2))])
@@ -217,7 +218,7 @@ def test_noise_is_not_worth_it(tmp_path):
     said = []
     for seed in range(10):
         report = write_report(tmp_path / f"report-{seed}", noise(200, seed))
-        said.append(fit([report], "weak", "strong", tmp_path / f"policy-{seed}").policy.fitted)
+        said.append(fit([report], PAIR, tmp_path / f"policy-{seed}").policy.fitted)
     assert sum(not fitted["worth_it"] for fitted in said) >= 9
     assert all(fitted["verdict"].startswith("Worth it") == fitted["worth_it"] for fitted in said)
 
@@ -233,7 +234,7 @@ def test_noise_is_called_worth_it_no_more_often_than_its_interval_allows():
 
 def test_one_class_only_is_a_policy_that_says_so(tmp_path):
     same = {name: [line(i, f"request {i}", 1.0) for i in range(30)] for name in ("weak", "strong")}
-    policy = fit([write_report(tmp_path / "same", same)], "weak", "strong", tmp_path / "a")
+    policy = fit([write_report(tmp_path / "same", same)], PAIR, tmp_path / "a")
     assert decide(policy, "request 3").choice == "weak" and "every request" in decide(policy, "x").reason
     assert "no item of 15 is scored differently" in policy.policy.fitted["verdict"]
 
@@ -241,7 +242,7 @@ def test_one_class_only_is_a_policy_that_says_so(tmp_path):
         "weak": [line(i, f"r {i}", 0.0) for i in range(30)],
         "strong": [line(i, f"r {i}", 1.0) for i in range(30)],
     }
-    policy = fit([write_report(tmp_path / "better", better)], "weak", "strong", tmp_path / "b")
+    policy = fit([write_report(tmp_path / "better", better)], PAIR, tmp_path / "b")
     assert decide(policy, "request 3").choice == "strong"
     assert not policy.policy.fitted["worth_it"] and "use strong alone" in policy.policy.fitted["verdict"]
 
@@ -250,26 +251,29 @@ def test_equal_texts_stay_in_one_half(tmp_path):
     from edgeft.router.reports import join
 
     lines = [line(i, f"request {i % 10}", float(i % 2)) for i in range(60)]
-    joined = join([write_report(tmp_path / "r", {"weak": lines, "strong": lines})], "weak", "strong")
-    one, two = halves(joined.pairs)
+    joined = join([write_report(tmp_path / "r", {"weak": lines, "strong": lines})], PAIR)
+    one, two = halves(joined.items)
     assert not {p.request for p in one} & {p.request for p in two}
     assert len(one) + len(two) == 60 and min(len(one), len(two)) > 20
 
 
 def test_a_policy_reads_back_as_it_was_fitted(tmp_path):
     report = write_report(tmp_path / "r", by_word(100, 3))
-    made = fit([report], "weak", "strong", tmp_path / "policy")
+    made = fit([report], PAIR, tmp_path / "policy")
     read = load_policy(tmp_path / "policy")
     assert read == made
-    assert read.policy.weak["artifact_sha256"] == "a" * 64 and read.policy.weak["mean_prompt_tokens"] == 10
+    assert (
+        read.candidates["weak"]["artifact_sha256"] == "a" * 64
+        and read.candidates["weak"]["mean_prompt_tokens"] == 10
+    )
     assert len(read.policy.seen_rows["fit router"]) == 200, "the hashes of prompts and rows"
     assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["policy.json", "weights.safetensors"]
-    fit([report], "weak", "strong", tmp_path / "policy")  # over an old policy
+    fit([report], PAIR, tmp_path / "policy")  # over an old policy
     assert decide(load_policy(tmp_path / "policy"), "refund now") == decide(made, "refund now")
 
 
 def test_damaged_policies_are_refused(tmp_path):
-    fit([write_report(tmp_path / "r", by_word(60, 3))], "weak", "strong", tmp_path / "policy")
+    fit([write_report(tmp_path / "r", by_word(60, 3))], PAIR, tmp_path / "policy")
     weights = tmp_path / "policy" / "weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -288,44 +292,44 @@ def test_refusals_name_what_is_wrong(tmp_path):
     report = write_report(tmp_path / "r", by_word(60, 3))
     out = tmp_path / "policy"
     with pytest.raises(UsageError, match=r"'stron' is not known\. Did you mean 'strong'"):
-        fit([report], "weak", "stron", out)
-    with pytest.raises(UsageError, match="weak and strong are both 'weak'"):
-        fit([report], "weak", "weak", out)
+        fit([report], ["weak", "stron"], out)
+    with pytest.raises(UsageError, match="two or more different candidates"):
+        fit([report], ["weak", "weak"], out)
     with pytest.raises(UsageError, match="19 items were answered by both"):
-        fit([write_report(tmp_path / "few", by_word(19, 3))], "weak", "strong", out)
+        fit([write_report(tmp_path / "few", by_word(19, 3))], PAIR, out)
     blank = {name: [line(i, "text", None) for i in range(30)] for name in ("weak", "strong")}
     with pytest.raises(UsageError, match=r"none of the 30 items .* has a score"):
-        fit([write_report(tmp_path / "blank", blank)], "weak", "strong", out)
+        fit([write_report(tmp_path / "blank", blank)], PAIR, out)
     with pytest.raises(UsageError, match=r"no report\.json"):
-        fit([tmp_path], "weak", "strong", out)
+        fit([tmp_path], PAIR, out)
     with pytest.raises(UsageError, match="twice"):
-        fit([report, report], "weak", "strong", out)
+        fit([report, report], PAIR, out)
     other = write_report(tmp_path / "other", by_word(60, 4), sha="b" * 64)
     with pytest.raises(UsageError, match="not the same artefact"):
-        fit([report, other], "weak", "strong", out)
+        fit([report, other], PAIR, out)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "report.json").write_text((report / "report.json").read_text())
     (tmp_path / "broken" / "items.jsonl").write_text('{"item_id": 1}\n')
     with pytest.raises(UsageError, match="line 1 is not an item"):
-        fit([tmp_path / "broken"], "weak", "strong", out)
+        fit([tmp_path / "broken"], PAIR, out)
     assert not out.exists(), "nothing half-written"
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match="is no policy; it is left alone"):
-        fit([report], "weak", "strong", precious)
+        fit([report], PAIR, precious)
     assert (precious / "thesis.txt").read_text() == "years"
 
 
 def test_unscored_items_are_left_out_and_counted(tmp_path):
     items = by_word(60, 3)
     items["weak"][0]["score"] = None
-    policy = fit([write_report(tmp_path / "r", items)], "weak", "strong", tmp_path / "policy").policy
+    policy = fit([write_report(tmp_path / "r", items)], PAIR, tmp_path / "policy").policy
     assert policy.fitted["n_unscored"] == 1 and policy.fitted["n_fit"] + policy.fitted["n_threshold"] == 59
 
 
 def test_evaluate_refuses_items_that_it_has_seen_and_other_artefacts(tmp_path):
-    policy = fit([write_report(tmp_path / "r", by_word(60, 3))], "weak", "strong", tmp_path / "policy")
+    policy = fit([write_report(tmp_path / "r", by_word(60, 3))], PAIR, tmp_path / "policy")
     mixed = by_word(60, 4)
     old = by_word(60, 3)
     for name in mixed:
@@ -354,8 +358,8 @@ def test_rows_that_training_saw_are_refused(tmp_path):
     stored["results"][0]["path"] = str(folder)
     (report / "report.json").write_text(json.dumps(stored))
     with pytest.raises(UsageError, match=r"'item-3-5'.*cannot be used to fit a router"):
-        fit([report], "weak", "strong", tmp_path / "policy")
-    policy = fit([report], "weak", "strong", tmp_path / "policy", allow_seen_rows=True)
+        fit([report], PAIR, tmp_path / "policy")
+    policy = fit([report], PAIR, tmp_path / "policy", Options(allow_seen_rows=True))
     assert "train" in policy.policy.seen_rows
 
 
@@ -371,8 +375,98 @@ def test_cli_prints_figures_and_json(tmp_path, capsys, monkeypatch):
     assert cli(["route", "decide", policy, "a refund", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["choice"] == "strong"
     other = write_report(tmp_path / "r2", by_word(300, 2))
-    assert cli(["route", "evaluate", policy, str(other), "--json"]) == 0
+    assert cli(["route", "eval", policy, str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["worth_it"] is True
-    assert cli(["route", "evaluate", policy, str(report)]) == 2
+    assert cli(["route", "eval", policy, str(report)]) == 2
     problem = capsys.readouterr().err.splitlines()
     assert len(problem) == 2 and problem[0].startswith("Error: 300 item(s) were used to fit router already")
+
+
+def table(path: Path, n: int, seed: int) -> Path:
+    """Three candidates: the cheap one fails on refunds, the middle one on transfers and refunds' half, the dear one seldom."""
+    chance = random.Random(seed)
+    rows = []
+    for index in range(n):
+        words = chance.choices(WORDS, k=6)
+        p_cheap = 0.1 if "refund" in words or "transfer" in words else 0.9
+        p_middle = 0.1 if "transfer" in words else 0.92
+        rows.append(
+            {
+                "id": index, "request": " ".join(words), "group": words[0],
+                "openai:http://127.0.0.1:1#cheap:score": int(chance.random() < p_cheap),
+                "litellm:mid:score": int(chance.random() < p_middle), "litellm:dear:score": int(chance.random() < 0.95),
+                "litellm:mid:output_tokens": 20 + 30 * ("fee" in words), "litellm:dear:output_tokens": 40,
+                "openai:http://127.0.0.1:1#cheap:output_tokens": 25,
+            }
+        )  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_three_candidates_from_a_table(tmp_path, capsys):
+    names = ["litellm:dear", "openai:http://127.0.0.1:1#cheap", "litellm:mid"]
+    rows, policy = table(tmp_path / "rows.jsonl", 900, 1), str(tmp_path / "policy")
+    arguments = [
+        "route",
+        "fit",
+        str(rows),
+        "--out",
+        policy,
+        "--max-loss",
+        "4",
+        *(w for n in names for w in ("--candidate", n)),
+    ]
+    prices = ["--price", "litellm:mid=0.5,1", "--price", "litellm:dear=5,20"]
+    assert cli([*arguments, *prices]) == 0
+    assert "energy of local candidates: not given, counted as 0 (assumed)" in capsys.readouterr().err
+    made = load_policy(Path(policy))
+    assert list(made.candidates) == ["openai:http://127.0.0.1:1#cheap", "litellm:mid", "litellm:dear"], (
+        "by cost, the best last"
+    )
+    assert [c["remote"] for c in made.policy.candidates] == [False, True, True] and made.policy.cost[
+        "unit"
+    ] == "usd"
+    choices = [
+        decide(made, text).choice.rpartition(":")[2]
+        for text in ("card limit address fee", "refund card limit", "transfer card limit")
+    ]
+    assert choices == ["1#cheap", "mid", "dear"]
+    short, long = (decide(made, f"card limit {word}").costs["litellm:mid"] for word in ("app", "fee"))
+    assert long > 1.5 * short, "the output's length is predicted"
+    assert cli(["route", "eval", policy, str(table(tmp_path / "other.jsonl", 400, 2)), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["worth_it"]
+        and found["cost_per_request"]["policy"] < 0.5 * found["cost_per_request"]["always"]["litellm:dear"]
+    )
+    assert found["frontier"]["aiq"] > found["frontier"]["aiq_of_singles"] and set(found["groups"]) == set(
+        WORDS
+    )
+    assert found["near_duplicates"]["n"] == 0
+    assert cli([*arguments, "--price", "litellm:mid=0.5"]) == 2
+    assert "is not ID=IN,OUT" in capsys.readouterr().err
+    assert cli([*arguments, "--price", "litellm:midd=0.5,1"]) == 2
+    assert "Did you mean 'litellm:mid'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"the price of 'litellm:dear', 'litellm:mid' is not known"):
+        fit([rows], names, tmp_path / "p", Options(unit="usd"))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("privacy:\n  paterns: [email]\n")
+    assert cli([*arguments, "--settings", str(settings)]) == 2
+    assert "'paterns' is not known. Did you mean 'patterns'" in capsys.readouterr().err
+
+
+def test_bad_tables_are_refused_by_line(tmp_path):
+    for text, message in (
+        ('{"request": "a", "x:score": 2, "y:score": 0}', "line 1: x:score is 2"),
+        ('{"request": "a", "x:score": "good", "y:score": 0}', "line 1: x:score is no number"),
+        ('{"prompt": "a", "x:score": 1, "y:score": 0}', "line 1: a table needs the column 'request'"),
+        ("{", "line 1 is not an item"),
+    ):
+        path = tmp_path / "t.jsonl"
+        path.write_text(text + "\n")
+        with pytest.raises(UsageError, match=message):
+            fit([path], ["x", "y"], tmp_path / "policy")
+    other = tmp_path / "t.txt"
+    other.write_text("x")
+    with pytest.raises(UsageError, match=r"neither \.csv nor \.jsonl"):
+        fit([other], ["x", "y"], tmp_path / "policy")

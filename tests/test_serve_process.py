@@ -24,7 +24,7 @@ from edgeft.errors import UsageError
 from edgeft.router.policy import save_policy
 from edgeft.serve.candidates import address_of, check
 from edgeft.serve.run import refuse_public
-from tests.serve_stage import KEY, Engine, policy_of
+from tests.serve_stage import KEY, Engine, policy_of, tensors_of
 
 
 def test_only_loopback_is_listened_on():
@@ -64,7 +64,7 @@ def served(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     engines = [Engine("one"), Engine("two")]
     names = [f"openai:{engine.url}#{engine.name}" for engine in engines]
     policy = policy_of(*names)
-    save_policy(policy.policy, policy.weights, policy.bias, tmp_path / "policy")
+    save_policy(policy.policy, tensors_of(policy), tmp_path / "policy")
     process = subprocess.Popen(
         [
             sys.executable,
@@ -113,7 +113,7 @@ def test_the_command_serves_and_ends_when_told(tmp_path, sign, code):
 
 def test_the_command_refuses_in_two_lines(tmp_path, capsys):
     policy = policy_of("openai:http://h:1#a", "openai:http://h:1#b")
-    save_policy(policy.policy, policy.weights, policy.bias, tmp_path / "policy")
+    save_policy(policy.policy, tensors_of(policy), tmp_path / "policy")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

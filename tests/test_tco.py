@@ -652,7 +652,7 @@ def test_counters_of_a_running_proxy(tmp_path):
 
 def test_a_policy_and_counters_make_the_routed_column(tmp_path):
     figures = {"n": 200, "share_strong": 0.4, "policy": {"mean": 0.7, "ci95": [0.65, 0.75]}}
-    Policy("2026-11-25", {}, {}, {}, 0.1, {"figures": figures, "figures_of": "threshold items"}).save(
+    Policy("2026-11-25", [], {}, {}, {"figures": figures, "figures_of": "threshold items"}).save(
         tmp_path / "policy" / "policy.json"
     )
     (tmp_path / "metrics.txt").write_text(METRICS)

@@ -37,27 +37,27 @@ def scripts(config: Mapping[str, Any], venv: str, python: str) -> dict[str, byte
 
 def policy_of_one(target: Any) -> dict[str, bytes]:
     """A policy that sends every request to one artefact; its weights are zeros and decide nothing."""
+    import hashlib
+
     import numpy as np
     from safetensors.numpy import save
 
     from edgeft.files import sha256_json
     from edgeft.router.features import DIMENSIONS, SPEC
-    from edgeft.router.policy import ALWAYS_WEAK
+    from edgeft.router.policy import MANIFEST, WEIGHTS
+    from edgeft.router.rule import DEFAULTS
     from edgeft.types import Policy
 
-    tensors = save({"bias": np.zeros(1, np.float32), "weights": np.zeros(DIMENSIONS, np.float32)})
-    import hashlib
-
+    tensors = save(
+        {"text.weights": np.zeros((1, DIMENSIONS), np.float32), "text.bias": np.zeros(1, np.float32)}
+    )
     candidate = {
         "id": target.id, "kind": target.kind, "engine": target.engine, "path": target.path.resolve().name,
-        "artifact_sha256": target.sha256, "price": None,
+        "artifact_sha256": target.sha256, "price": None, "remote": False,
     }  # fmt: skip
     policy = Policy(
-        created_at=f"for {sha256_json(candidate)[:12]}", weak=candidate, strong=candidate,
-        features={**SPEC, "weights_sha256": hashlib.sha256(tensors).hexdigest()}, threshold=ALWAYS_WEAK,
+        created_at=f"for {sha256_json(candidate)[:12]}", candidates=[candidate],
+        features={**SPEC, "weights_sha256": hashlib.sha256(tensors).hexdigest()}, rule=dict(DEFAULTS),
         fitted={"verdict": "one artefact, no routing"},
     )  # fmt: skip
-    return {
-        "policy.json": (json.dumps(policy.to_dict(), indent=1) + "\n").encode(),
-        "weights.safetensors": tensors,
-    }
+    return {MANIFEST: (json.dumps(policy.to_dict(), indent=1) + "\n").encode(), WEIGHTS: tensors}

