@@ -206,6 +206,14 @@ def test_reports_of_virtual_machines_are_told_apart_by_more():
     )
     decode = of(compare(side(a), side(b)), "decode tok/s")
     assert decode["verdict"] == "not told apart" and "25.0 %" in decode["why"]
+    both = report(
+        result("a", noisy(50, 30, 1, 0.002)),
+        result("b", noisy(49, 30, 2, 0.002)),
+        environment={"virtual_machine": True},
+    )
+    for one in both.results:
+        one["speed"]["points"][0]["round"] = list(range(30))
+    assert of(compare(side(both), side(both, 1)), "decode tok/s")["floor"] == pytest.approx(0.035)
     known = {"decode tok/s": Repeats(0.002, 10)}
     measured = compare(replace(side(a), repeats=known), replace(side(b), repeats=known))
     assert of(measured, "decode tok/s")["verdict"] == "slower"
