@@ -188,11 +188,15 @@ class Boxes:
         """What the box's service says of itself."""
         return json.loads(self.on(name, "curl -sf http://127.0.0.1:8080/health || echo null"))
 
+    def end_service(self, name: str) -> None:
+        """End what an earlier test left running: its port is the next one's."""
+        subprocess.run(
+            ["sh", "-c", f"kill $(cat {self.prefix(name)}/run/serve.pid) 2>/dev/null; sleep 0.5"], check=False
+        )
+
     def stop(self) -> None:
         for name in self.names():
-            subprocess.run(
-                ["sh", "-c", f"kill $(cat {self.prefix(name)}/run/serve.pid) 2>/dev/null"], check=False
-            )
+            self.end_service(name)
         for daemon in self.daemons.values():
             daemon.terminate()
             daemon.wait(10)

@@ -97,6 +97,8 @@ def test_what_fails_goes_back_by_itself(fleet, tmp_path, policy, seen):
 @needs_boxes
 def test_a_first_deployment_that_fails_leaves_nothing_running(fleet, tmp_path):
     prefix = str(tmp_path / "fresh")
+    for name in fleet.names():
+        fleet.end_service(name)
     bad = to(
         fleet,
         small_bundle(tmp_path / "bad.tar", {"broken": True}),
@@ -105,6 +107,18 @@ def test_a_first_deployment_that_fails_leaves_nothing_running(fleet, tmp_path):
     )
     assert bad.state == "failed" and "nothing ran before" in bad.text
     assert not Path(prefix, "current").exists()
+
+
+@needs_boxes
+def test_another_service_on_the_port_is_not_taken_for_ours(fleet, tmp_path):
+    for name in fleet.names():
+        fleet.end_service(name)
+    first = str(tmp_path / "first")
+    assert to(fleet, small_bundle(tmp_path / "a.tar", {"first": True}), "b2", prefix=first).state == "done"
+    second = to(fleet, small_bundle(tmp_path / "b.tar", {}), "b2", prefix=str(tmp_path / "second"))
+    assert second.state == "failed" and "another process answers at port 8080" in second.text, second.text
+    assert fleet.answer("b2") == {"first": True}
+    fleet.on("b2", f"kill $(cat {first}/run/serve.pid); sleep 0.3")
 
 
 @needs_boxes
@@ -134,6 +148,7 @@ def test_another_machine_and_another_python_are_refused(fleet, tmp_path):
 def test_a_full_disk_ends_in_words_and_keeps_what_runs(fleet, tmp_path, monkeypatch):
     small = tmp_path / "small"
     small.mkdir()
+    fleet.end_service("b2")
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", small], capture_output=True, check=False
     ).returncode:

@@ -36,6 +36,7 @@ start)
         $systemd enable --quiet edgeft.service
         $systemd restart edgeft.service
     elif ! alive; then
+        if ask /health/live; then echo "another process answers at port @port already" >&2; exit 1; fi
         cd "$prefix"
         # its own session, and no descriptor of the caller's: ssh would wait for them
         setsid "$prefix/venvs/@venv/bin/python" -m edgeft serve --policy current/policy --artifacts current/artifacts \
