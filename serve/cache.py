@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from edgeft.errors import EnvironmentFault, missing_extra
 from edgeft.files import sha256_json
+from edgeft.router.cache.exact import opened
 from edgeft.serve.sse import Answer
 
 TTL_S = 3600.0
@@ -30,22 +30,8 @@ class AnswerCache:
 
     def __init__(self, folder: Path, ttl_s: float = TTL_S) -> None:
         """Open or make the cache. Raises EnvironmentFault where the folder can't be used."""
-        try:
-            import diskcache
-        except ImportError:
-            raise missing_extra("diskcache", "serve") from None
-        import sqlite3
-
         self.ttl_s = ttl_s
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.disk = diskcache.Cache(
-                str(folder), disk=_json_disk(), size_limit=SIZE_LIMIT_BYTES, timeout=1.0
-            )
-        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
-            raise EnvironmentFault(
-                f"the cache {folder} can't be opened: {error}.", "--cache DIR or --no-cache"
-            ) from None
+        self.disk = opened(folder, _json_disk, SIZE_LIMIT_BYTES)
 
     def get(self, key: str) -> Answer | None:
         """The kept answer, or None."""

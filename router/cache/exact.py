@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,26 +74,32 @@ def keepable(finish_reason: str | None, message: Mapping[str, Any] | None = None
     return error is None and finish_reason in ("stop", "tool_calls") and not (message or {}).get("refusal")
 
 
+def opened(folder: Path, disk: Callable[[], Any], size_limit_bytes: int) -> Any:
+    """diskcache's cache in a folder that only its owner reads, made where there is none; `disk` gives the class that writes values.
+
+    Raises EnvironmentFault where the folder can't be used.
+    """
+    try:
+        import diskcache
+    except ImportError:
+        raise missing_extra("diskcache", "serve") from None
+    import sqlite3
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return diskcache.Cache(str(folder), disk=disk(), size_limit=size_limit_bytes, timeout=1.0)
+    except (OSError, sqlite3.Error, diskcache.Timeout) as error:
+        raise EnvironmentFault(
+            f"the cache {folder} can't be opened: {error}.", "--cache DIR or --no-cache"
+        ) from None
+
+
 class ExactCache:
     """Answers on disk. A disk that fails costs the hit, never the answer."""
 
     def __init__(self, folder: Path, size_limit_bytes: int = SIZE_LIMIT_BYTES) -> None:
         """Open or make the cache. Raises EnvironmentFault where the folder can't be used."""
-        try:
-            import diskcache
-        except ImportError:
-            raise missing_extra("diskcache", "serve") from None
-        import sqlite3
-
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self.disk = diskcache.Cache(
-                str(folder), disk=_text_disk(), size_limit=size_limit_bytes, timeout=1.0
-            )
-        except (OSError, sqlite3.Error, diskcache.Timeout) as error:
-            raise EnvironmentFault(
-                f"the cache {folder} can't be opened: {error}.", "--cache DIR or --no-cache"
-            ) from None
+        self.disk = opened(folder, _text_disk, size_limit_bytes)
 
     def get(self, key: str) -> Any:
         """The kept value (JSON types), or None."""
