@@ -28,8 +28,10 @@ from edgeft.engines.chat_server import Sampling, Token, listen
 from edgeft.router import LoadedPolicy, rule
 from edgeft.router.features import DIMENSIONS, SPEC, vector
 from edgeft.serve.app import create_app
+from edgeft.router.cache.exact import ExactCache
 from edgeft.serve.cache import AnswerCache
-from edgeft.serve.upstream import HttpUpstream
+from edgeft.serve.config import Cache, Config, Limits, Model
+from edgeft.serve.upstream import Features, HttpUpstream
 from edgeft.types import Policy
 
 KEY = "fake-key"
@@ -128,10 +130,26 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
     engines = {name: Engine(name) for name in ("weak", "strong")}
-    upstreams: dict[str, Any] = {n: HttpUpstream(e.url, n, KEY, slots=1) for n, e in engines.items()}
-    app = create_app(policy_of(), upstreams, AnswerCache(tmp_path / "cache"), waiting=1)
+    upstreams = {n: upstream_of(e) for n, e in engines.items()}
+    app = create_app(policy_of(), upstreams, cache_in(tmp_path / "cache"), config=config_of(limits=Limits(waiting=1)))
     with running(app) as client:
         yield Stage(client, engines, app)
+
+
+def upstream_of(engine: Engine, **given: Any) -> Any:
+    """An engine as a local one is reached: one slot, always streamed, one answer a call."""
+    features = Features(n=False, tools=True)
+    return HttpUpstream(engine.url, engine.name, KEY, **{"slots": 1, "always_stream": True, "features": features, **given})
+
+
+def cache_in(folder: Path, **settings: Any) -> AnswerCache:
+    """An answer cache on disk."""
+    return AnswerCache(ExactCache(folder), Cache(**settings))
+
+
+def config_of(**parts: Any) -> Config:
+    """A configuration whose policy is handed over, not read. Failures are not tried again unless said."""
+    return Config(policy=Path("policy"), **{"models": {name: Model(retries=0) for name in ("weak", "strong")}, **parts})
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -173,7 +191,7 @@ def canned(status: int, body: bytes, headers: dict[str, str] | None = None) -> I
 @contextmanager
 def before(url: str, cache: AnswerCache | None = None) -> Iterator[Stage]:
     """A proxy with one address behind both candidates."""
-    upstreams: dict[str, Any] = {name: HttpUpstream(url, name, None) for name in ("weak", "strong")}
-    app = create_app(policy_of(), upstreams, cache)
+    upstreams: dict[str, Any] = {name: HttpUpstream(url, name, None, always_stream=True) for name in ("weak", "strong")}
+    app = create_app(policy_of(), upstreams, cache, config=config_of())
     with running(app) as client:
         yield Stage(client, {}, app)
