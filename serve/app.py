@@ -58,7 +58,7 @@ class App:
                 return
             await found(scope, receive, send)
             return
-        await self.rest(scope, receive, send)  # type: ignore[arg-type]
+        await self.rest(scope, receive, send)
 
 
 def create_app(

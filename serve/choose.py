@@ -17,6 +17,7 @@ from edgeft.router.privacy import why_private
 from edgeft.serve.prefixes import chain_of
 from edgeft.serve.protocol import CHAT, Asked, Refusal
 from edgeft.serve.proxy import AUTO, Proxy
+from edgeft.serve.upstream import not_ready
 from edgeft.types import Decision
 
 LIMITS = ("floor", "max_cost", "max_latency_s")
@@ -94,12 +95,19 @@ def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
         try:
             decision = decide(policy, request, random.random() if share else 1.0, state)
         except NoCandidate as nobody:
+            for name, reason in nobody.removed.items():
+                if reason == "not available" and name not in unable:  # it could and may: later
+                    raise not_ready(
+                        name, proxy.state_of(name), proxy.breaker(name).open_for_s() or 2.0
+                    ) from None
             if nobody.private:
                 raise Refusal(403, nobody.message, code="no_candidate") from None
-            why = "; ".join(
+            reasons = "; ".join(
                 f"'{name}': {unable.get(name, reason)}" for name, reason in nobody.removed.items()
             )
-            raise Refusal(400, f"No candidate can take the request ({why}).", code="no_candidate") from None
+            raise Refusal(
+                400, f"No candidate can take the request ({reasons}).", code="no_candidate"
+            ) from None
         order = (decision.choice, *decision.fallbacks)
         return Plan(
             order=order, private=decision.private, reason=decision.reason, decision=decision,
@@ -107,11 +115,11 @@ def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
         )  # fmt: skip
     if asked.model in policy.candidates:
         removed = removed_for(policy, request)
-        if why := removed.get(asked.model):
+        if (why := removed.get(asked.model)) is not None:
             raise Refusal(
                 403, f"The model '{asked.model}' may not take this request ({why}).", code="no_candidate"
             )
-        if why := unable.get(asked.model):
+        if (why := unable.get(asked.model)) is not None:
             raise Refusal(
                 400, f"The model '{asked.model}' can't take this request ({why}).", code="no_candidate"
             )

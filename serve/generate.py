@@ -21,7 +21,7 @@ from edgeft.serve.answer import Answer, BrokenStream, Chunk, look
 from edgeft.serve.choose import Plan, prefix_chain
 from edgeft.serve.protocol import Asked, Refusal
 from edgeft.serve.proxy import Proxy
-from edgeft.serve.upstream import at_limit
+from edgeft.serve.upstream import at_limit, not_ready
 
 BACKOFF_S = 0.2
 LONGEST_RETRY_S = 2.0  # a Retry-After over this is not waited for
@@ -176,12 +176,13 @@ async def _calls(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> A
                 yield chunk
         return
     news: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
+    room = asyncio.Semaphore(upstream.slots)  # its calls queue behind each other, not before others'
 
     async def one(index: int) -> None:
         seed = {"seed": asked.fields["seed"] + index} if "seed" in asked.fields else {}
         fields = {k: v for k, v in asked.fields.items() if k != "n"} | seed
         try:
-            async with aclosing(_once(proxy, plan, asked, candidate_id, fields)) as chunks:
+            async with room, aclosing(_once(proxy, plan, asked, candidate_id, fields)) as chunks:
                 async for chunk in chunks:
                     choices = [{**c, "index": index} for c in chunk.get("choices") or ()]
                     news.put_nowait({**chunk, "choices": choices})
@@ -290,18 +291,6 @@ def _placed(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> tuple[
     chain = plan.chain = plan.chain or prefix_chain(asked)
     slot, mine = proxy.prefix_slots(candidate_id).take(plan.tenant, plan.adapter, chain)
     return slot, {**extra, "id_slot": slot, "cache_prompt": mine}
-
-
-def not_ready(candidate_id: str, state: str, retry_after_s: float = 2.0) -> Refusal:
-    """The candidate can't answer now; another one may."""
-    return Refusal(
-        503,
-        f"The model '{candidate_id}' is not ready ({state}).",
-        kind="server_error",
-        code=f"model_{state}",
-        retry_after_s=retry_after_s,
-        elsewhere=True,
-    )
 
 
 def shared(proxy: Proxy, key: str | None, plan: Plan, asked: Asked) -> AsyncIterator[Chunk]:

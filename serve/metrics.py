@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -70,7 +72,7 @@ class Metrics:
     def fell_back(self, route: str, why: str) -> None: ...
     def escalated(self, route: str, to: str, why: str) -> None: ...
     def refused(self, code: str) -> None: ...
-    def moment(self, proxy) -> None:  # type: ignore[no-untyped-def]
+    def moment(self, proxy: Any) -> None:
         for name, admission in proxy.admissions.items():
             self.in_flight.labels(name).set(admission.in_flight)
             self.waiting.labels(name).set(len(admission.queue))

@@ -174,7 +174,10 @@ def _completion() -> dict[str, Any]:
 def _embedding() -> dict[str, Any]:
     text = {"type": "string", "minLength": 1}
     several = {"type": "array", "minItems": 1, "items": text}
-    own = {"input": {"anyOf": [text, several, IDS]}, "encoding_format": {"enum": ["float", "base64", None]}}
+    own: dict[str, Any] = {
+        "input": {"anyOf": [text, several, IDS]},
+        "encoding_format": {"enum": ["float", "base64", None]},
+    }
     return {"type": "object", "required": ["model", "input"], "properties": _fields(EMBEDDING_FIELDS, **own)}
 
 

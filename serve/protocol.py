@@ -136,7 +136,7 @@ class Asked:
     def messages(self) -> list[dict[str, Any]]:
         """The conversation; a bare prompt counts as what a user said."""
         if self.kind is CHAT:
-            return self.fields["messages"]  # type: ignore[no-any-return]
+            return self.fields["messages"]
         prompt = self.fields["prompt"]
         return [{"role": "user", "content": prompt if isinstance(prompt, str) else json.dumps(prompt)}]
 

@@ -299,6 +299,18 @@ def refused(status: int, message: str, retry_after: str | None) -> Refusal:
     )  # fmt: skip
 
 
+def not_ready(candidate_id: str, state: str, retry_after_s: float = 2.0) -> Refusal:
+    """The candidate can't answer now; another one may."""
+    return Refusal(
+        503,
+        f"The model '{candidate_id}' is not ready ({state}).",
+        kind="server_error",
+        code=f"model_{state}",
+        retry_after_s=retry_after_s,
+        elsewhere=True,
+    )
+
+
 def at_limit(retry_after_s: float) -> Refusal:
     """The upstream wants fewer requests."""
     return Refusal(

@@ -15,10 +15,9 @@ pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 
 from edgeft.serve import answer as sse
 from edgeft.serve.app import create_app
-from tests.serve_stage import cache_in
 from edgeft.serve.protocol import CHAT
 from edgeft.serve.upstream import LitellmUpstream
-from tests.serve_stage import SECRET, Stage, before, canned, events, policy_of, running
+from tests.serve_stage import SECRET, Stage, before, cache_in, canned, events, policy_of, running
 
 STREAMS = {
     "no JSON": (b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: {nonsense\n\n', "not JSON"),

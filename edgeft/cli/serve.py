@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -77,7 +78,7 @@ def run(
             kept = replace(kept, enabled=False)
         elif cache:
             kept = replace(kept, enabled=True, folder=cache, redis_env=None)
-        given = {
+        given: dict[str, Any] = {
             k: v for k, v in (("threads", threads), ("context", context), ("slots", slots)) if v is not None
         }
         return replace(
