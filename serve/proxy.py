@@ -38,9 +38,12 @@ class Proxy:
     metrics: Metrics = field(default_factory=Metrics)
     live: Any = None
     log: Any = None
+    decisions: Any = None  # DecisionLog
     watch: Any = None  # drift and budget
     started_s: float = field(default_factory=time.monotonic)
     draining: bool = False
+    reloads: int = 0
+    reload_error: str | None = None
 
     def __post_init__(self) -> None:
         self.admissions: dict[str, Admission] = {}
@@ -120,8 +123,9 @@ class Proxy:
             await upstream.aclose()
         if self.cache:
             await self.cache.aclose()
-        if self.log:
-            self.log.close()
+        for book in (self.log, self.decisions):
+            if book:
+                book.close()
 
 
 def default_config() -> Config:

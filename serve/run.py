@@ -129,9 +129,12 @@ class Runner:
         """Take a new configuration and policy; what is wrong leaves everything as it is."""
         try:
             await self.running.reload(self.reread() if self.reread else self.running.config)
+            self.running.proxy.reloads += 1
+            self.running.proxy.reload_error = None
             console.note("reloaded")
             log.info("reloaded")
         except EdgeftError as error:
+            self.running.proxy.reload_error = error.message
             console.note(f"not reloaded: {error.message}")
             log.error("not reloaded: %s", error.message)
 

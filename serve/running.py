@@ -48,6 +48,7 @@ class Running:
             keys=open_keys(self.config),
             live=Live(),
             log=open_log(self.config),
+            decisions=open_decisions(self.config),
         )
         self.proxy.watch = watch_of(self.policy)
         return App(self.proxy)
@@ -82,10 +83,12 @@ class Running:
         specs = {c["id"]: spec_of(c, config) for c in candidates if c["kind"] != "api"}
         fresh: dict[str, Upstream] = {}
         before = self.proxy.upstreams
+        known = {c["id"]: c["artifact_sha256"] for c in self.candidates}
         kept = {
             c["id"]
             for c in candidates
             if c["id"] in before
+            and known.get(c["id"]) == c["artifact_sha256"]
             and (
                 self.pool.specs.get(c["id"]) == specs[c["id"]]
                 if c["id"] in specs
@@ -171,6 +174,13 @@ def open_log(config: Config) -> Any:
     from edgeft.serve.logs import RequestLog
 
     return RequestLog(config.logs.requests)
+
+
+def open_decisions(config: Config) -> Any:
+    """The log of decisions, or None."""
+    from edgeft.serve.decisions import DecisionLog
+
+    return DecisionLog(config.logs.decisions, config.logs.decision_texts) if config.logs.decisions else None
 
 
 def watch_of(policy: Any) -> Any:
