@@ -129,9 +129,7 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
             yield {ROUTE: plan.route}
             return
     if proxy.live:
-        proxy.live.routed(
-            reply.request_id, plan.order[0], not plan.policy.candidates[plan.order[0]].get("remote", True)
-        )
+        proxy.live.routed(reply.request_id, plan.order[0], local(plan, plan.order[0]), asked.stream)
     async with aclosing(shared(proxy, key, plan, asked)) as source:  # type: ignore[type-var]
         try:
             async for chunk in source:
@@ -141,6 +139,8 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
                     told(proxy, reply, plan)
                     reply.ttft_s = reply.elapsed_s()
                     if proxy.live:
+                        if plan.route != plan.order[0]:
+                            proxy.live.routed(reply.request_id, plan.route, local(plan, plan.route))
                         proxy.live.first(reply.request_id)
                 else:
                     answer.add(chunk)
@@ -153,6 +153,11 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
     if asked.kind is CHAT and plan.decision is not None and plan.policy.policy.rule.get("sticky", True):
         said = [*asked.messages, answer.choices[0].message]
         proxy.remember(conversation_hash(reply.tenant, said), plan.route)
+
+
+def local(plan: Plan, candidate_id: str) -> bool:
+    """Whether a candidate is on this box."""
+    return not plan.policy.candidates[candidate_id].get("remote", True)
 
 
 def told(proxy: Proxy, reply: Reply, plan: Plan) -> None:

@@ -64,6 +64,12 @@ def default_path() -> Path:
     return state_dir("keys.db")
 
 
+def prepare(path: Path) -> None:
+    """Make the file where there is none, without a key. Raises EnvironmentFault where it can't be written."""
+    with _writing(path):
+        pass
+
+
 def create(path: Path, name: str, tenant: str | None = None, days: int | None = None) -> tuple[Row, str]:
     """Make a key; returns its row and the key itself, which is kept nowhere. The tenant is the name if left out.
 

@@ -92,10 +92,11 @@ class Live:
             self.forgotten += 1
         self.requests[request_id] = _Request(now, stream, tenant)
 
-    def routed(self, request_id: str, route: str, local: bool) -> None:
+    def routed(self, request_id: str, route: str, local: bool, stream: bool | None = None) -> None:
         """It goes to `route` (again: after a fallback or an escalation the last one counts) and waits for its answer."""
         if request := self.requests.get(request_id):
             request.route, request.local, request.state = route, local, "waiting"
+            request.stream = request.stream if stream is None else stream
 
     def first(self, request_id: str) -> None:
         """Its first output is here; the TTFT counts from `begin`. Only the first call counts."""

@@ -79,9 +79,14 @@ class Proxy:
 
     def prefix_slots(self, candidate_id: str) -> Slots:
         """What lies in the slots of a local engine."""
-        if candidate_id not in self.slots:
-            self.slots[candidate_id] = Slots.of(self.upstreams[candidate_id].slots)
-        return self.slots[candidate_id]
+        upstream = self.upstreams[candidate_id]
+        found = self.slots.get(candidate_id)
+        if found is None:
+            found = self.slots[candidate_id] = Slots.of(upstream.slots)
+        if found.generation != (process := getattr(upstream, "generation", 0)):
+            found.forget()
+            found.generation = process
+        return found
 
     def promised_s(self, candidate_id: str, asked: Asked) -> float | None:
         """The time to the first token that is promised to this request there."""
