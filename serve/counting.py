@@ -72,7 +72,7 @@ def finished(proxy: Proxy, reply: Reply) -> None:
     prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
     plan: Plan | None = reply.plan
     always = always_api_usd(plan, prompt or 0, output or 0) if plan and usage and status == 200 else None
-    hit = reply.cache == "hit"
+    hit = reply.cache in ("hit", "semantic")
     cost = 0.0 if hit else plan.told.get("cost_usd") if plan else None
     if always is not None:
         proxy.metrics.always_api(always)

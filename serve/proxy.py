@@ -34,6 +34,7 @@ class Proxy:
     upstreams: dict[str, Upstream]
     config: Config
     cache: AnswerCache | None = None
+    semantic: Any = None  # Semantic
     keys: Any = None  # KeyStore
     metrics: Metrics = field(default_factory=Metrics)
     live: Any = None

@@ -32,9 +32,8 @@ class Running:
 
     def start(self) -> Any:
         """The application. Opens cache, keys and log; loads nothing yet."""
-        from edgeft.serve.live import Live
-
         from edgeft.serve.app import App
+        from edgeft.serve.live import Live
         from edgeft.serve.run import open_cache, open_keys
 
         specs = [spec_of(c, self.config) for c in self.candidates if c["kind"] != "api"]
@@ -45,6 +44,7 @@ class Running:
             {},
             self.config,
             open_cache(self.config),
+            semantic=open_semantic(self.config),
             keys=open_keys(self.config),
             live=Live(),
             log=open_log(self.config),
@@ -174,6 +174,15 @@ def open_log(config: Config) -> Any:
     from edgeft.serve.logs import RequestLog
 
     return RequestLog(config.logs.requests)
+
+
+def open_semantic(config: Config) -> Any:
+    """The semantic cache, or None. Raises UsageError where its calibration is not of this encoder."""
+    if not (config.cache.enabled and config.cache.semantic):
+        return None
+    from edgeft.serve.semantic import load
+
+    return load(config.cache.semantic)
 
 
 def open_decisions(config: Config) -> Any:
