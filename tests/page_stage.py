@@ -68,7 +68,10 @@ def busy(minutes: int = 75, seed: int = 1) -> tuple[Live, list[dict[str, Any]], 
         {"route": LONG, "local": False, "state": "ready", "in_flight": 2, "slots": 64, "waiting": 0, "waiting_limit": 32},
         {"route": HOSTILE, "local": False, "state": "ended", "in_flight": 0, "slots": 64, "waiting": 0, "waiting_limit": None},
     ]  # fmt: skip
-    certificate = {"state": "holds", "detail": "at most 1 % lose by staying local, with 95 % confidence (1,204 rows)"}
+    certificate = {
+        "state": "holds",
+        "detail": "at most 1 % lose by staying local, with 95 % confidence (1,204 rows)",
+    }
     return shown, engines, certificate
 
 
