@@ -132,6 +132,9 @@ def test_an_idle_proxy_is_shown(browser):
         browser.until(LIVE)
         text = browser.ask(TEXT)
         assert browser.complaints() == []
+        insert = "document.head.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))"
+        browser.ask(insert)
+        assert browser.ask("window.ran") is None and "Content Security Policy" in browser.complaints()[0]
     for word in ("no prices known", "edgeft route calibrate", "none yet", "no answers yet", "nothing"):
         assert word in text, word
     assert "NaN" not in text and "undefined" not in text and "null" not in text
