@@ -52,7 +52,7 @@ class Chromium:
         )  # fmt: skip
         os.close(to_read)
         os.close(to_write)
-        self._rest, self._number, self.session = b"", 0, ""
+        self._rest, self._number, self.session, self.target = b"", 0, "", ""
         self.events: list[dict[str, Any]] = []
 
     def __enter__(self) -> Chromium:
@@ -90,14 +90,21 @@ class Chromium:
         return json.loads(one)
 
     def tab(self, width: int = 1280, height: int = 900, dark: bool = False, scale: int = 1) -> None:
-        """A new tab of a size, which the next calls go to. Console messages and faults come into `events`."""
-        self.session, self.events = "", []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        """A new tab of a size in place of the one before. Console messages and faults come into `events`."""
+        self.session = ""
+        if self.target:
+            self.call("Target.closeTarget", targetId=self.target)
+        self.target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
+        self.events = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=scale,
+            mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -112,7 +119,9 @@ class Chromium:
         """The value of an expression in the page, awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"].get("exception", {}).get("description", "an exception"))
+            raise RuntimeError(
+                answer["exceptionDetails"].get("exception", {}).get("description", "an exception")
+            )
         return answer["result"].get("value")
 
     def until(self, expression: str, seconds: float = 20.0) -> Any:
@@ -144,5 +153,7 @@ class Chromium:
     def requested(self) -> list[str]:
         """Addresses that the page has asked for."""
         return [
-            e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e.get("method") == "Network.requestWillBeSent"
         ]

@@ -5,7 +5,9 @@ python -m tests.page_stage [empty|busy|keys] serves it on a free port until inte
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 from typing import Any
 
 from starlette.applications import Starlette
@@ -76,9 +78,13 @@ def busy(minutes: int = 75, seed: int = 1) -> tuple[Live, list[dict[str, Any]], 
 
 
 def create_app(
-    shown: Live, engines: list[dict[str, Any]], certificate: dict[str, Any] | None, key: str | None = None
+    shown: Live,
+    engines: list[dict[str, Any]],
+    certificate: dict[str, Any] | None,
+    key: str | None = None,
+    gate: threading.Event | None = None,
 ) -> Starlette:
-    """The page and its figures; with `key` only for who has it."""
+    """The page and its figures; with `key` only for who has it, with `gate` only when it is open."""
 
     async def root(_: Request) -> Response:
         body, headers = page()
@@ -87,6 +93,8 @@ def create_app(
     async def state(request: Request) -> Response:
         if key and request.headers.get("authorization") != f"Bearer {key}":
             return JSONResponse({"error": {"message": "no such key"}}, 401)
+        while gate and not gate.is_set():
+            await asyncio.sleep(0.01)
         return JSONResponse(shown.snapshot(engines, certificate))
 
     return Starlette(routes=[Route("/", root), Route(STATE_PATH, state)])
