@@ -20,6 +20,7 @@ from edgeft.engines.memory import estimated_bytes
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S, HEALTHY_S = 0.5, 60.0, 60.0
 BATCH_S = 0.25  # the contract about clients that leave: docs/engines.md
+RETIRING_LOOK_S = 0.5
 TYPICAL_LOAD_S = 10.0  # told to who doesn't wait, while no load was measured yet
 
 UNLOADED, LOADING, READY, RESTARTING, FAILED = "unloaded", "loading", "ready", "restarting", "failed"
@@ -154,6 +155,27 @@ class Pool:
             loaded.users -= 1
             if loaded.users == 0:
                 self._idle(self.entries[name], loaded)
+
+    def spec(self, name: str) -> LocalSpec | None:
+        """How a model is run; None where there is none of that name."""
+        return self.entries[name].spec if name in self.entries else None
+
+    def put(self, spec: LocalSpec) -> None:
+        """Add a model, or run it otherwise from now on: who uses the process of before keeps it to the end."""
+        self.drop(spec.id)
+        self.entries[spec.id] = Entry(spec)
+
+    def drop(self, name: str) -> None:
+        """Forget a model; its process ends when nobody uses it any more."""
+        if (entry := self.entries.pop(name, None)) is not None:
+            self._spawn(self._retire(entry))
+
+    async def _retire(self, entry: Entry) -> None:
+        if entry.task:
+            await asyncio.gather(entry.task, return_exceptions=True)
+        while entry.loaded and entry.loaded.users and not self.closed:
+            await asyncio.sleep(RETIRING_LOOK_S)
+        await self._unload(entry)
 
     async def preload(self, names: Iterable[str]) -> None:
         """Load models one after the other. Raises NotReady for the first that can't be."""
