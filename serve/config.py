@@ -237,6 +237,8 @@ def _value(kind: Any, value: Any, where: str, at: str, folder: Path) -> Any:
     if value is None:
         if type(None) in options:
             return None
+        if dataclasses.is_dataclass(options[0]) or typing.get_origin(options[0]) is Mapping:
+            return _value(kind, {}, where, at, folder)  # a table whose keys are all comments
         raise UsageError(f"{where}: {at} is empty.", DOCS)
     wanted = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(wanted):
