@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -43,14 +44,20 @@ ATTEMPT_S = 120.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--clients", type=int, default=6, help="at the same time (default 6)")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of load; the kill comes in the middle (default 40)")
+    parser.add_argument(
+        "--seconds", type=float, default=40.0, help="of load; the kill comes in the middle (default 40)"
+    )
     parser.add_argument("--tokens", type=int, default=48, help="of each answer (default 48)")
-    parser.add_argument("--kill", choices=("node", "model", "none"), default="node", help="what is killed (default node)")
+    parser.add_argument(
+        "--kill", choices=("node", "model", "none"), default="node", help="what is killed (default node)"
+    )
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     asked = parser.parse_args()
     if not shutil.which("redis-server"):
         sys.exit("redis-server is not installed: apt-get install redis-server")
+    # Without the second line Ray's HTTP proxy asks the replica on its own node, and the other one's death would cost nobody anything.
     os.environ |= {MIDDLEWARE: "edgeft.serve.cluster.again:middlewares", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         redis = stack.enter_context(redis_server(scratch))
@@ -148,7 +155,9 @@ async def trial(url: str, second: Any, asked: argparse.Namespace) -> dict[str, A
         before = await engines(second)
         load.seen.clear()
         began = time.monotonic()
-        tasks = [asyncio.create_task(load.client(client, n, began + asked.seconds)) for n in range(asked.clients)]
+        tasks = [
+            asyncio.create_task(load.client(client, n, began + asked.seconds)) for n in range(asked.clients)
+        ]
         await asyncio.sleep(asked.seconds / 2)
         under_way, killed = len(load.under_way), kill(second, asked.kill)
         killed_s = time.monotonic() - began
@@ -158,9 +167,12 @@ async def trial(url: str, second: Any, asked: argparse.Namespace) -> dict[str, A
         hits = await cached(client, load, url)
         freed = await leave(client, url, asked.tokens)
     became = Counter(f"{r['form']}, {r['became']}" for r in after)
-    gap = max((b["end_s"] - a["end_s"] for a, b in pairs(sorted(after, key=lambda r: r["end_s"]))), default=0.0)
+    gap = max(
+        (b["end_s"] - a["end_s"] for a, b in itertools.pairwise(sorted(after, key=lambda r: r["end_s"]))),
+        default=0.0,
+    )
     return {
-        "clients": asked.clients, "tokens": asked.tokens, "killed": asked.kill, "processes killed": killed, "at_s": round(killed_s - 0, 1),
+        "clients": asked.clients, "tokens": asked.tokens, "killed": asked.kill, "processes killed": killed, "at_s": round(killed_s, 1),
         "under way at the kill": under_way, "requests": len(after), "became": dict(sorted(became.items())),
         "lost": [r for r in after if r["became"] == "lost"],
         "asked again by Ray's HTTP proxy": sum(r["again"] for r in after),
@@ -185,7 +197,9 @@ class Load:
         """Ask one after the other, streamed and whole by turns, no two requests alike; sampled answers are never cached."""
         turn = 0
         while time.monotonic() < until:
-            await self.ask(client, f"Client {number}, question {turn}: tell me a story.", stream=(turn + number) % 2 == 0)
+            await self.ask(
+                client, f"Client {number}, question {turn}: tell me a story.", stream=(turn + number) % 2 == 0
+            )
             turn += 1
 
     async def ask(self, client: Any, text: str, *, stream: bool, **fields: Any) -> dict[str, Any]:
@@ -193,7 +207,11 @@ class Load:
         body = {
             "model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": self.tokens, "stream": stream, **fields,
         }  # fmt: skip
-        record: dict[str, Any] = {"form": "streamed" if stream else "in one piece", "begin_s": time.monotonic(), "again": 0}
+        record: dict[str, Any] = {
+            "form": "streamed" if stream else "in one piece",
+            "begin_s": time.monotonic(),
+            "again": 0,
+        }
         self.under_way.add(mark := object())
         begun = False
         try:
@@ -202,7 +220,7 @@ class Load:
                 record["cache"] = response.headers.get("x-edgeft-cache")
                 parts = []
                 async for line in response.aiter_lines():
-                    begun = begun or stream and line.startswith("data: {")
+                    begun = begun or (stream and line.startswith("data: {"))
                     parts.append(line)
                 record |= judged(response.status_code, parts, stream, begun)
         except Exception as error:
@@ -272,7 +290,12 @@ async def leave(client: Any, url: str, tokens: int) -> dict[str, float]:
 
     async def first(text: str, tokens: int) -> float:
         began = time.monotonic()
-        body = {"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
+        body = {
+            "model": "auto",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "stream": True,
+        }
         async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
@@ -284,18 +307,22 @@ async def leave(client: Any, url: str, tokens: int) -> dict[str, float]:
     for i in range(5):
         await first(f"A long story, number {i}.", 1500)
         busy.append(await first(f"short again {i}", 1))
-    return {"idle_s": round(float(np.median(idle)), 3), "after_s": round(float(np.median(busy)), 3), "worst_s": round(max(busy), 3)}
+    return {
+        "idle_s": round(float(np.median(idle)), 3),
+        "after_s": round(float(np.median(busy)), 3),
+        "worst_s": round(max(busy), 3),
+    }
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
     """p50, p95 and the largest."""
     if not values:
         return {}
-    return {"p50": round(float(np.percentile(values, 50)), 3), "p95": round(float(np.percentile(values, 95)), 3), "max": round(max(values), 3)}
-
-
-def pairs(values: list[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(values, values[1:], strict=False))
+    return {
+        "p50": round(float(np.percentile(values, 50)), 3),
+        "p95": round(float(np.percentile(values, 95)), 3),
+        "max": round(max(values), 3),
+    }
 
 
 def free_port() -> int:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-redis = pytest.importorskip("redis", reason="edgeft[redis] is not installed")
-
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.router.cache.shared import LABELS_BYTES, MOST_BYTES, Breaker, RedisCache
+
+redis = pytest.importorskip("redis", reason="edgeft[redis] is not installed")
 
 PASSWORD = "planted-password-4417"
 ANSWER = {"text": "é 日本 \n", "usage": {"total_tokens": 3}, "logprobs": [-0.5, None]}

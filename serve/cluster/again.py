@@ -40,9 +40,10 @@ class Again:
                 message = {**message, "headers": [*message["headers"], (HEADER, str(tried).encode())]}
             await send(message)
 
-        for tried in range(TRIES):
+        while True:
             await self.app({**scope, "headers": list(scope["headers"])}, body.replay(), watched)
-            if begun or body.left or body.too_long:
+            tried += 1
+            if begun or body.left or body.too_long or tried == TRIES:
                 return
             log.warning("a replica of the proxy was lost before its answer began: asked again")
 

@@ -85,8 +85,12 @@ class Losses:
         """Asked by the registry."""
         from prometheus_client.core import CounterMetricFamily
 
-        lost = CounterMetricFamily("edgeft_replica_lost", "Requests whose engine went away.", labels=["route"])
-        again = CounterMetricFamily("edgeft_replica_again", "Of those, asked anew elsewhere.", labels=["route"])
+        lost = CounterMetricFamily(
+            "edgeft_replica_lost", "Requests whose engine went away.", labels=["route"]
+        )
+        again = CounterMetricFamily(
+            "edgeft_replica_again", "Of those, asked anew elsewhere.", labels=["route"]
+        )
         for name, upstream in self.upstreams.items():
             if hasattr(upstream, "lost"):
                 lost.add_metric([name], upstream.lost)

@@ -72,7 +72,11 @@ class Cluster:
             if name not in known:
                 raise unknown("cluster.engines has an id that the policy has not:", name, known, DOCS)
         for name, place in (("proxy", self.proxy), *self.engines.items()):
-            if place.replicas < 1 or place.cpus < 0 or (place.most is not None and place.most < place.replicas):
+            if (
+                place.replicas < 1
+                or place.cpus < 0
+                or (place.most is not None and place.most < place.replicas)
+            ):
                 raise UsageError(f"cluster: replicas, most or cpus of '{name}' are out of range.", DOCS)
         if self.drain_s < 0 or self.proxy_requests < 1:
             raise UsageError("cluster: drain_s or proxy_requests is out of range.", DOCS)

@@ -60,7 +60,10 @@ class RayUpstream:
                     raise BrokenStream(f"the engine's machine was lost ({loss})") from None
                 if not left:
                     raise Refusal(
-                        502, f"{TRIES} engines were lost ({loss}).", kind="upstream_error", code="replica_lost"
+                        502,
+                        f"{TRIES} engines were lost ({loss}).",
+                        kind="upstream_error",
+                        code="replica_lost",
                     ) from None
                 self.again += 1
                 log.warning("a replica was lost (%s) before its answer began: asked again elsewhere", loss)
@@ -84,7 +87,9 @@ class RayUpstream:
         except (Refusal, BrokenStream):
             raise
         except TimeoutError:
-            raise Refusal(504, "The engine is silent.", kind="upstream_error", code="upstream_timeout") from None
+            raise Refusal(
+                504, "The engine is silent.", kind="upstream_error", code="upstream_timeout"
+            ) from None
         except Exception as error:
             raise _meant(error) from None
         finally:
@@ -134,4 +139,3 @@ def _meant(error: Exception) -> Exception:
     if isinstance(error, RayError) and not isinstance(error, RayTaskError | TaskCancelledError):
         return ReplicaLost(type(error).__name__)
     return Refusal(502, f"The engine failed ({type(error).__name__}).", kind="upstream_error")
-
