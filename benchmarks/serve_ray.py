@@ -127,9 +127,10 @@ def two_nodes() -> Any:
 def deployed(policy: Path, address: str, redis: tuple[str, Path]) -> Any:
     """Proxy and engine, two replicas of each, one a node; the URL."""
     from edgeft.serve.cluster import Cluster, Place
-    from edgeft.serve.cluster.deploy import Deployed, connected, deploy, take_away
+    from edgeft.serve.cluster.deploy import connected, deploy, take_away
+    from edgeft.serve.config import Config, Engines, Listen
 
-    settings = Deployed(policy, port=free_port(), threads=1)
+    settings = Config(policy, listen=Listen(port=free_port()), engines=Engines(threads=1), page=False)
     place = Place(replicas=2, profile=LABEL, cpus=0.6)  # 0.6 of one processor: one a node
     cluster = Cluster(
         address, {MODEL: place}, Place(replicas=2, cpus=0.4), redis=redis[0], redis_password_file=redis[1], every_node=False
@@ -137,7 +138,7 @@ def deployed(policy: Path, address: str, redis: tuple[str, Path]) -> Any:
     with connected(address):
         deploy(settings, cluster)
         try:
-            yield f"http://{settings.host}:{settings.port}"
+            yield f"http://127.0.0.1:{settings.listen.port}"
         finally:
             take_away()
 

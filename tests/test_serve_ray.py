@@ -16,12 +16,14 @@ import pytest
 pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
 
 from edgeft.errors import EnvironmentFault, UsageError
+from edgeft.serve.answer import BrokenStream
 from edgeft.serve.cluster import Cluster, Place, frames
 from edgeft.serve.cluster.again import KEPT_BYTES, TRIES, Again
 from edgeft.serve.cluster.deploy import connected
 from edgeft.serve.cluster.settings import PORTION, app_name
-from edgeft.serve.protocol import Refusal
-from edgeft.serve.sse import BrokenStream
+from edgeft.serve.cluster.upstream import RayUpstream
+from edgeft.serve.protocol import CHAT, Refusal
+from edgeft.serve.upstream import Features
 from tests.conftest import ROOT
 
 
@@ -74,10 +76,12 @@ def test_names_of_applications_stay_apart():
 def test_what_an_engine_says_arrives_as_it_was_said():
     chunk = {"choices": [{"index": 0, "delta": {"content": "é 日本"}}], "usage": None}
     assert frames.read(frames.chunk(chunk)) == chunk
-    said = Refusal(429, "full", kind="rate_limit_error", param="p", code="queue_full", retry_after_s=3)
+    said = Refusal(
+        429, "full", kind="rate_limit_error", param="p", code="queue_full", retry_after_s=3, elsewhere=True
+    )
     with pytest.raises(Refusal) as refusal:
         frames.read(frames.refused(said))
-    assert (refusal.value.status, refusal.value.body, refusal.value.retry_after_s) == (429, said.body, 3)
+    assert vars(refusal.value) == vars(said)
     with pytest.raises(BrokenStream, match="it broke"):
         frames.read(frames.broken(BrokenStream("it broke")))
 
@@ -179,9 +183,7 @@ def chunk(text: str) -> bytes:
 
 
 def upstream(*answers: Answer) -> Any:
-    from edgeft.serve.cluster.upstream import RayUpstream
-
-    return RayUpstream(Handle(*answers), 2, lambda: 1)
+    return RayUpstream("weak", Handle(*answers), 2, Features(), lambda: 1)
 
 
 async def said(source: Any) -> tuple[list[str], Exception | None]:
@@ -202,20 +204,25 @@ def died() -> Exception:
 
 def test_a_lost_replica_costs_no_answer_that_had_not_begun():
     engines = upstream(Answer([], died()), Answer([chunk("a"), chunk("b")], None))
-    assert asyncio.run(said(engines.stream({"messages": []}))) == (["a", "b"], None)
-    assert (engines.lost, engines.again) == (1, 1) and all(a.cancelled for a in engines.handle.answers)
-    assert json.loads(engines.handle.asked[0][0]) == {"messages": []} and len(set(engines.handle.asked)) == 1
+    assert asyncio.run(said(engines.stream(CHAT, {"messages": []}))) == (["a", "b"], None)
+    assert (engines.lost, engines.again) == (1, 1) and all(a.cancelled for a in engines.unary.answers)
+    asked = {"kind": "chat", "fields": {"messages": []}, "extra": {}}
+    assert json.loads(engines.unary.asked[0][0]) == asked and len(set(engines.unary.asked)) == 1
 
     begun = upstream(Answer([chunk("a")], died()), Answer([chunk("b")], None))
-    texts, error = asyncio.run(said(begun.stream({})))
+    texts, error = asyncio.run(said(begun.stream(CHAT, {})))
     assert texts == ["a"] and isinstance(error, BrokenStream) and (begun.lost, begun.again) == (1, 0)
 
+    role = frames.chunk({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+    silent = upstream(Answer([role], died()), Answer([role, chunk("b")], None))
+    assert asyncio.run(said(silent.stream(CHAT, {}))) == (["", "b"], None), "nothing had been said yet"
+
     whole = upstream(Answer([chunk("a")], died()), Answer([chunk("b"), chunk("c")], None))
-    assert asyncio.run(said(whole.stream({}, streamed=False))) == (["b", "c"], None), "none of the first"
+    assert asyncio.run(said(whole.stream(CHAT, {}, False))) == (["b", "c"], None), "none of the first"
 
     gone = upstream(*[Answer([], died()) for _ in range(9)])
-    texts, error = asyncio.run(said(gone.stream({})))
-    assert isinstance(error, Refusal) and error.status == 502 and len(gone.handle.asked) == TRIES
+    texts, error = asyncio.run(said(gone.stream(CHAT, {})))
+    assert isinstance(error, Refusal) and error.status == 502 and len(gone.unary.asked) == TRIES
 
 
 def test_refusals_are_told_and_not_asked_again():
@@ -228,8 +235,8 @@ def test_refusals_are_told_and_not_asked_again():
         (Answer([], ValueError("a fault in the engine's code, with a text of a request")), 502),
     ):
         engines = upstream(answer)
-        _, error = asyncio.run(said(engines.stream({})))
-        assert isinstance(error, Refusal) and error.status == status and len(engines.handle.asked) == 1
+        _, error = asyncio.run(said(engines.stream(CHAT, {})))
+        assert isinstance(error, Refusal) and error.status == status and len(engines.unary.asked) == 1
         assert "text of a request" not in json.dumps(error.body)
 
 
@@ -238,12 +245,12 @@ def test_a_client_that_leaves_cancels_the_replicas_work():
     engines = upstream(Answer([chunk("a"), chunk("b")], None))
 
     async def leave() -> None:
-        stream = engines.stream({})
+        stream = engines.stream(CHAT, {})
         assert (await anext(stream))["choices"]
         await stream.aclose()
 
     asyncio.run(leave())
-    assert engines.handle.answers[0].cancelled
+    assert engines.unary.answers[0].cancelled
 
 
 def test_ready_follows_the_cluster():
@@ -251,16 +258,20 @@ def test_ready_follows_the_cluster():
     counts = iter([2, 0])
     engines.running = lambda: next(counts)
 
-    async def look() -> list[bool]:
-        seen = [engines.alive()]
+    async def look() -> list[str]:
+        seen = [engines.state()]
         await engines.looking
-        seen.append(engines.alive())
-        engines.looked_s = float("-inf")
-        engines.alive()
+        seen.append(engines.state())
+        async with engines.hold():
+            engines.looked_s = float("-inf")
+        engines.state()
         await engines.looking
-        return [*seen, engines.alive()]
+        with pytest.raises(Refusal, match="not ready"):
+            async with engines.hold():
+                pass
+        return [*seen, engines.state()]
 
-    assert asyncio.run(look()) == [False, True, False]
+    assert asyncio.run(look()) == ["loading", "ready", "restarting"]
 
 
 @pytest.mark.slow

@@ -199,6 +199,17 @@ class RedisCache:
         )
 
 
+class InLoop:
+    """The cache for an event loop: coroutines under the names that a store has."""
+
+    def __init__(self, cache: RedisCache) -> None:
+        self.cache, self.get, self.put, self.close = cache, cache.aget, cache.aput, cache.aclose
+
+    async def drop(self, label: str) -> int:
+        """`RedisCache.drop`, in a thread."""
+        return await asyncio.to_thread(self.cache.drop, label)
+
+
 HINT = "redis://HOST:PORT/0, or rediss:// for TLS, with the password in the URL or in a file"
 
 

@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from edgeft import console
 from edgeft.errors import EnvironmentFault, UsageError, missing_extra
+from edgeft.serve.cluster.parts import slots_of
 from edgeft.serve.cluster.settings import ENGINE, ENGINES, PROXY, Cluster, app_name, label
+from edgeft.serve.config import Config
+from edgeft.serve.run import refuse_public
 
 PROXY_APP = "edgeft"
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 20.0
@@ -25,26 +26,13 @@ START_S = 900.0  # until all engines are loaded
 LOOK_S = 1.0
 
 
-@dataclass(frozen=True)
-class Deployed:
-    """What is deployed: `edgeft serve`'s own settings, as far as a cluster has them."""
-
-    policy: Path
-    artifacts: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = 8080
-    threads: int | None = None
-    context: int = 2048
-    slots: int = 1  # of each engine's replica
-    waiting: int = 32
-
-
-def serve_on_ray(deployed: Deployed, cluster: Cluster) -> int:
+def serve_on_ray(config: Config, cluster: Cluster) -> int:
     """Deploy, tell the address, stay until SIGTERM (returns 0) or SIGINT (130), then take all away; answers that run are finished.
 
     Raises EnvironmentFault where Ray is missing, the cluster can't be reached or an engine does not start; UsageError for a policy
     or a setting that can't be used.
     """
+    refuse_public(config)
     told = threading.Event()
     sign = 0
 
@@ -55,9 +43,10 @@ def serve_on_ray(deployed: Deployed, cluster: Cluster) -> int:
 
     with connected(cluster.address), _signals(stop):
         try:
-            deploy(deployed, cluster, told)
+            deploy(config, cluster, told)
             if not told.is_set():
-                url = f"http://{deployed.host}:{deployed.port}"
+                scheme = "https" if config.listen.tls_certificate else "http"
+                url = f"{scheme}://{config.listen.host}:{config.listen.port}"
                 console.note(f"ready: {url}/v1 on the cluster at {cluster.address}")
                 console.result({"url": url, "ready": True})
             while not told.wait(LOOK_S):
@@ -87,68 +76,75 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def deploy(deployed: Deployed, cluster: Cluster, told: threading.Event | None = None) -> None:
+def deploy(config: Config, cluster: Cluster, told: threading.Event | None = None) -> None:
     """Deploy to the cluster that is connected, engines first; returns when all can answer, or when `told` is set."""
     from ray import serve
 
     from edgeft.router import load_policy
 
-    policy = load_policy(deployed.policy)
+    policy = load_policy(config.policy)
     cluster.check(policy.candidates)
+    for name, model in config.models.items():
+        if model.adapters:
+            raise UsageError(
+                f"the adapters of '{name}' can't be served by a cluster yet.", "merge them: edgeft compress"
+            )
     local = [c for c in policy.candidates.values() if c["kind"] != "api"]
     refuse_missing_labels(cluster, [c["id"] for c in local])
     serve.start(
         proxy_location="EveryNode" if cluster.every_node else "HeadOnly",
-        http_options={"host": deployed.host, "port": deployed.port, "keep_alive_timeout_s": 30},
+        http_options=listening(config),
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
-    _run({app_name(c["id"]): engine(c, deployed, cluster) for c in local}, None)
+    _run({app_name(c["id"]): engine(c, config, cluster) for c in local}, None)
     for candidate in local:
         with console.step(f"loading {candidate['id']}"):
             _wait(app_name(candidate["id"]), told)
     if not (told and told.is_set()):
-        _run({PROXY_APP: proxy(deployed, cluster, [c["id"] for c in local])}, "/")
+        _run({PROXY_APP: proxy(config, cluster)}, "/")
         _wait(PROXY_APP, told)
 
 
-def engine(candidate: dict[str, Any], deployed: Deployed, cluster: Cluster) -> Any:
+def listening(config: Config) -> dict[str, Any]:
+    """Options of Ray's HTTP proxies."""
+    found: dict[str, Any] = {
+        "host": config.listen.host,
+        "port": config.listen.port,
+        "keep_alive_timeout_s": 75,
+    }
+    if config.listen.tls_certificate:
+        found |= {
+            "ssl_certfile": str(config.listen.tls_certificate),
+            "ssl_keyfile": str(config.listen.tls_key),
+        }
+    return found
+
+
+def engine(candidate: dict[str, Any], config: Config, cluster: Cluster) -> Any:
     """The application of one local candidate."""
     from ray import serve
 
     from edgeft.serve.cluster.engine import Engine
 
-    place = cluster.place(candidate["id"])
-    options = {
-        "artifacts": str(deployed.artifacts) if deployed.artifacts else None,
-        "threads": deployed.threads,
-        "context": deployed.context,
-    }
+    place, slots = cluster.place(candidate["id"]), slots_of(config, candidate["id"])
     deployment = serve.deployment(
         Engine,
         name=ENGINE,
-        **place.options(deployed.slots),
-        max_queued_requests=deployed.waiting + place.largest * deployed.slots,
+        **place.options(slots),
+        max_queued_requests=config.limits.waiting + place.largest * slots,
         **_health(cluster),
     )
-    return deployment.bind(candidate, options)
+    return deployment.bind(candidate, config)
 
 
-def proxy(deployed: Deployed, cluster: Cluster, local: list[str]) -> Any:
+def proxy(config: Config, cluster: Cluster) -> Any:
     """The application of the proxy: `edgeft serve`'s own ASGI application in each replica."""
     from ray import serve
-
-    spec = {
-        "policy": str(deployed.policy.absolute()),
-        "redis": cluster.redis,
-        "redis_password_file": str(cluster.redis_password_file) if cluster.redis_password_file else None,
-        "waiting": deployed.waiting,
-        "slots": {name: cluster.place(name).largest * deployed.slots for name in local},
-    }
 
     def build() -> Any:
         from edgeft.serve.cluster.parts import create_proxy
 
-        return create_proxy(spec)
+        return create_proxy(config, cluster)
 
     deployment = serve.deployment(
         serve.ingress(build)(),

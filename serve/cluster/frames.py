@@ -10,20 +10,25 @@ from typing import Any
 
 import orjson
 
+from edgeft.serve.answer import BrokenStream, Chunk
 from edgeft.serve.protocol import Refusal
-from edgeft.serve.sse import BrokenStream, Chunk
 
 CHUNK, REFUSED, BROKEN = b"c", b"r", b"b"
 
 
 def chunk(value: Chunk) -> bytes:
-    """A chunk of OpenAI's API."""
+    """A chunk of OpenAI's API, or a whole answer of it."""
     return CHUNK + orjson.dumps(value)
 
 
 def refused(refusal: Refusal) -> bytes:
     """A refusal before the first chunk."""
-    fields = {"status": refusal.status, "body": refusal.body, "retry_after_s": refusal.retry_after_s}
+    fields = {
+        "status": refusal.status,
+        "body": refusal.body,
+        "retry_after_s": refusal.retry_after_s,
+        "elsewhere": refusal.elsewhere,
+    }
     return REFUSED + orjson.dumps(fields)
 
 
@@ -52,4 +57,5 @@ def _refusal(value: dict[str, Any]) -> Refusal:
         param=error["param"],
         code=error["code"],
         retry_after_s=value["retry_after_s"],
+        elsewhere=value["elsewhere"],
     )

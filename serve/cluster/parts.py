@@ -7,39 +7,87 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeft.serve.cluster.settings import ENGINE, app_name
+from edgeft.serve.cluster.settings import ENGINE, Cluster, app_name
+from edgeft.serve.config import Config
 
 
-def start_engine(candidate: dict[str, Any], options: dict[str, Any]) -> Any:
-    """A local candidate's upstream on this node, loaded; blocks until it is. Raises UsageError where the artefact is missing or is not
-    what the policy was fitted on, EnvironmentFault where it does not load."""
-    from edgeft.home import cache_dir
-    from edgeft.serve.candidates import check, start
+def start_engine(candidate: dict[str, Any], config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """(process, HTTP upstream to it, fields that every call of it gets) of a local candidate on this node; blocks until it is loaded.
 
-    artifacts = options["artifacts"]
-    checked = check(candidate, Path(artifacts) if artifacts else None)
-    return start(checked, cache_dir("logs"), options["threads"], options["context"])
+    Raises UsageError where the artefact is missing or is not what the policy was fitted on, EnvironmentFault where it does not load.
+    """
+    from edgeft.engines.local import LocalModel
+    from edgeft.serve.candidates import check, spec_of
+    from edgeft.serve.upstream import HttpUpstream
+
+    own = config.model(candidate["id"]).path
+    given = {**candidate, "path": str(own)} if own else candidate
+    spec = spec_of(check(given, None if own else config.artifacts), config)
+    options = {**(spec.options or {}), **({"parallel": spec.slots} if spec.slots > 1 else {})}
+    # The context is shared by llama.cpp's slots.
+    local = LocalModel(
+        Path(spec.path),
+        spec.engine,
+        log=spec.log,
+        threads=spec.threads,
+        context=spec.context * spec.slots,
+        name=spec.id,
+        options=options,
+    )
+    http = HttpUpstream(local.url, spec.id, local.key, slots=spec.slots, always_stream=True, trust_env=False)
+    return local, http, {"cache_prompt": False} if spec.engine == "gguf" else {}
 
 
-def create_proxy(spec: dict[str, Any]) -> Any:
+def create_proxy(config: Config, cluster: Cluster) -> Any:
     """The proxy's application in a replica: `edgeft serve`'s own, its local candidates behind handles, its cache in Redis."""
-    from edgeft.home import cache_dir
     from edgeft.router import load_policy
-    from edgeft.serve.app import create_app
-    from edgeft.serve.candidates import start
+    from edgeft.serve.app import App
+    from edgeft.serve.candidates import remote
     from edgeft.serve.cluster.upstream import RayUpstream
+    from edgeft.serve.local import guess
+    from edgeft.serve.proxy import Proxy
+    from edgeft.serve.run import open_keys
+    from edgeft.serve.running import open_decisions, open_log, watch_of
+    from edgeft.serve.upstream import Features
 
-    policy = load_policy(Path(spec["policy"]))
+    policy = load_policy(config.policy)
     upstreams: dict[str, Any] = {}
     for name, candidate in policy.candidates.items():
         if candidate["kind"] == "api":
-            upstreams[name] = start(candidate, cache_dir("logs"), None, 0)
-        else:
-            upstreams[name] = RayUpstream(handle(name), spec["slots"][name], running(name))
-    cache = SharedAnswers(spec["redis"], spec["redis_password_file"]) if spec["redis"] else None
-    app = create_app(policy, upstreams, cache, waiting=spec["waiting"])  # type: ignore[arg-type]
-    app.state.proxy.metrics.registry.register(Losses(upstreams))
-    return Started(app, [u.look for u in upstreams.values() if isinstance(u, RayUpstream)])
+            upstreams[name] = remote(candidate, config)
+            continue
+        features = Features(n=False, **{**guess(candidate["engine"]), "id_slot": False})
+        slots = cluster.place(name).largest * slots_of(config, name)
+        upstreams[name] = RayUpstream(name, handle(name), slots, features, running(name))
+    proxy = Proxy(
+        policy,
+        upstreams,
+        config,
+        shared_cache(config, cluster),
+        keys=open_keys(config),
+        log=open_log(config),
+        decisions=open_decisions(config),
+        watch=watch_of(policy),
+    )
+    proxy.metrics.registry.register(Losses(upstreams))
+    return Started(App(proxy), [u.look for u in upstreams.values() if isinstance(u, RayUpstream)])
+
+
+def slots_of(config: Config, candidate_id: str) -> int:
+    """Requests at a time of one replica of an engine."""
+    return config.model(candidate_id).slots or config.engines.slots
+
+
+def shared_cache(config: Config, cluster: Cluster) -> Any:
+    """The answers that all proxies share, or None."""
+    from edgeft.router.cache.shared import InLoop, RedisCache
+    from edgeft.serve.cache import AnswerCache
+
+    if not (cluster.redis and config.cache.enabled):
+        return None
+    return AnswerCache(
+        InLoop(RedisCache(cluster.redis, password_file=cluster.redis_password_file)), config.cache
+    )
 
 
 def handle(candidate_id: str) -> Any:
@@ -97,35 +145,3 @@ class Losses:
                 again.add_metric([name], upstream.again)
         yield lost
         yield again
-
-
-class SharedAnswers:
-    """The proxy's answer cache over Redis."""
-
-    TTL_S = 3600.0
-
-    def __init__(self, url: str, password_file: str | None) -> None:
-        from edgeft.router.cache.shared import RedisCache
-
-        self.redis = RedisCache(url, password_file=Path(password_file) if password_file else None)
-
-    def get(self, key: str) -> Any:
-        """The kept answer, or None."""
-        from edgeft.serve.sse import Answer
-
-        value = self.redis.get(key)
-        try:
-            return None if value is None else Answer(**value)
-        except TypeError:
-            return None
-
-    def put(self, key: str, answer: Any) -> None:
-        """Keep an answer that ended by itself or at its token limit."""
-        from edgeft.serve.cache import KEPT_REASONS
-
-        if answer.finish_reason in KEPT_REASONS:
-            self.redis.put(key, answer.to_dict(), self.TTL_S)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.redis.close()

@@ -1,4 +1,4 @@
-"""What `edgeft serve --ray` needs to know beside what a single proxy does."""
+"""What `edgeft serve --ray` needs to know beside what a single proxy does. Knows nothing of Ray but its words."""
 
 from __future__ import annotations
 
@@ -50,13 +50,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster to deploy to."""
+    """A Ray cluster to deploy to, beside what edgeft.yaml says of a single proxy."""
 
-    address: str  # host:6379 from one of its nodes, ray://host:10001 from elsewhere, or auto
+    address: str = (
+        "auto"  # host:6379 from one of its nodes, ray://host:10001 from elsewhere; auto: this node's
+    )
     engines: Mapping[str, Place] = field(default_factory=dict)  # by candidate's id; others get one replica
     proxy: Place = field(default_factory=lambda: Place(cpus=0.5))
     proxy_requests: int = 256  # at a time, of each replica of the proxy
-    redis: str | None = None  # redis://… of the shared cache
+    redis: str | None = None  # redis://host:6379/0 of the shared cache, without a password; None: no cache
     redis_password_file: Path | None = None
     every_node: bool = True  # listen on all nodes that run a replica, else on the head alone
     drain_s: float = 30.0  # how long a replica that is taken away may finish its answers
@@ -78,6 +80,11 @@ class Cluster:
                 or (place.most is not None and place.most < place.replicas)
             ):
                 raise UsageError(f"cluster: replicas, most or cpus of '{name}' are out of range.", DOCS)
+        if self.redis and "@" in self.redis:
+            raise UsageError(
+                "cluster.redis holds a user or a password; it is sent to every node.",
+                "cluster.redis_password_file",
+            )
         if self.drain_s < 0 or self.proxy_requests < 1:
             raise UsageError("cluster: drain_s or proxy_requests is out of range.", DOCS)
 
