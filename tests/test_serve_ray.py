@@ -298,3 +298,39 @@ def test_a_node_killed_under_load_loses_no_request_that_had_not_begun(tmp_path):
     assert found["lost"] == [] and found["processes killed"] >= 3 and found["under way at the kill"] > 0
     assert sum(found["became"].values()) == found["requests"] > found["under way at the kill"]
     assert found["cache"]["first"] == "miss"
+
+
+def test_the_drain_times_of_the_manifest_agree():
+    """A pod's grace covers its preStop hook and its server's drain; the command's covers the proxies' drain and the engines'."""
+    import yaml
+
+    parts = {p["metadata"]["name"]: p for p in yaml.safe_load_all((ROOT / "docs" / "cluster-k8s.yaml").read_text()) if p["kind"] != "Service"}  # fmt: skip
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    drain_s = yaml.safe_load(page.split("```yaml")[1].split("```")[0])["cluster"]["drain_s"]
+
+    def grace(spec: dict[str, Any]) -> tuple[int, int]:
+        (container,) = spec["containers"]
+        hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
+        return spec["terminationGracePeriodSeconds"], int(hook[1])
+
+    ray = parts["edgeft"]["spec"]
+    for group in (ray["headGroupSpec"], *ray["workerGroupSpecs"]):
+        whole, hook = grace(group["template"]["spec"])
+        assert whole > hook + drain_s
+    vllm = parts["vllm"]["spec"]["template"]["spec"]
+    arguments = vllm["containers"][0]["args"]
+    whole, hook = grace(vllm)
+    assert whole > hook + int(arguments[arguments.index("--shutdown-timeout") + 1])
+    assert grace(parts["edgeft-serve"]["spec"]["template"]["spec"])[0] > 2 * drain_s
+
+
+def test_the_pages_settings_are_settings():
+    import yaml
+
+    from edgeft.serve.config import _build
+
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    value = yaml.safe_load(page.split("```yaml")[1].split("```")[0])["cluster"]
+    found = _build(Cluster, value, "docs/cluster.md", "cluster", ROOT)
+    found.check(["gguf-q4_k_m", "openai:http://vllm:8000#big"])
+    assert found.place("gguf-q4_k_m").largest == 4 and found.drain_s == 60.0

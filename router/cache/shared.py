@@ -87,6 +87,7 @@ class RedisCache:
             url,
             **password,
             decode_responses=True,
+            encoding_errors="replace",  # what others wrote there is no JSON then, and no more
             socket_timeout=seconds,
             socket_connect_timeout=seconds,
             retry=retry,
@@ -160,8 +161,8 @@ class RedisCache:
                 with client.pipeline(transaction=False) as pipe:
                     for key in keys:
                         pipe.getrange(key, 0, LABELS_BYTES - 1)
-                    heads = dict(zip(keys, pipe.execute(), strict=True))
-                found = [k for k, head in heads.items() if label in _labels(head, lambda k=k: client.get(k))]
+                    heads = pipe.execute(raise_on_error=False)  # an entry of another kind is not ours
+                found = [k for k, head in zip(keys, heads, strict=True) if label in _labels(client, k, head)]
                 gone += client.unlink(*found) if found else 0
                 if not place:
                     return gone
@@ -260,11 +261,13 @@ def _ms(ttl_s: float) -> int:
     return max(1, round(ttl_s * 1000))
 
 
-def _labels(head: str, whole: Callable[[], str | None]) -> list[str]:
+def _labels(client: Any, key: str, head: Any) -> list[str]:
     """The labels of an entry by its beginning, or by all of it where the beginning is not enough."""
+    if not isinstance(head, str):
+        return []
     line, end, _ = head.partition("\n")
     if head and not end:
-        line = (whole() or "").partition("\n")[0]
+        line = (client.get(key) or "").partition("\n")[0]
     try:
         found = json.loads(line) if line else []
     except ValueError:
