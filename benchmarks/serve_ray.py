@@ -115,7 +115,16 @@ def two_nodes() -> Any:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "resources": {f"edgeft:{LABEL}": 1}, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    for left in range(3, -1, -1):
+        try:
+            cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+            break
+        except (
+            Exception
+        ) as error:  # Ray gives a node 30 s to come up, which a busy machine does not always manage
+            if not left:
+                raise
+            print(f"Ray's head did not start ({str(error)[:60]}), trying again", file=sys.stderr)
     try:
         second = cluster.add_node(**node)
         yield second, cluster.address

@@ -180,7 +180,7 @@ async def look_up(proxy: Proxy, asked: Asked, plan: Plan, key: str) -> Looked:
         if same and (kept := await proxy.cache.get(same)):
             again = proxy.semantic.asked_again()
             found = Looked("miss", place=place, audited=kept[0]) if again else Looked("semantic", kept)
-    proxy.metrics.cache_lookup(found.result)
+    proxy.metrics.looked_up(found.result)
     return found
 
 

@@ -72,7 +72,9 @@ class Running:
         """What answers for a candidate."""
         if candidate["kind"] == "api":
             return remote(candidate, self.config)
-        return LocalUpstream(self.pool, self.pool.specs[candidate["id"]], self.config.engines.load_wait_s)
+        return LocalUpstream(
+            self.pool, self.pool.entries[candidate["id"]].spec, self.config.engines.load_wait_s
+        )
 
     async def reload(self, config: Config) -> None:
         """Take over a policy and settings. Requests that run keep what they began with. Raises EdgeftError, and nothing has changed.
@@ -90,7 +92,7 @@ class Running:
             if c["id"] in before
             and known.get(c["id"]) == c["artifact_sha256"]
             and (
-                self.pool.specs.get(c["id"]) == specs[c["id"]]
+                self.pool.spec(c["id"]) == specs[c["id"]]
                 if c["id"] in specs
                 else self.config.model(c["id"]) == config.model(c["id"])
             )
@@ -101,7 +103,7 @@ class Running:
         self.config = config
         for name, spec in specs.items():
             if name not in kept:
-                await self.pool.replace(spec)
+                self.pool.put(spec)
                 fresh[name] = LocalUpstream(self.pool, spec, config.engines.load_wait_s)
                 if self.preloaded(name):
                     await self.pool.preload([name])
@@ -115,8 +117,8 @@ class Running:
             self.proxy.admissions.pop(name, None)
             self.proxy.breakers.pop(name, None)
             self.proxy.slots.pop(name, None)
-        for name in set(self.pool.specs) - set(specs):
-            await self.pool.remove(name)
+        for name in set(self.pool.entries) - set(specs):
+            self.pool.drop(name)
         asyncio.get_running_loop().call_later(
             60, lambda: [asyncio.ensure_future(u.aclose()) for u in gone.values()]
         )

@@ -84,11 +84,6 @@ def deploy(config: Config, cluster: Cluster, told: threading.Event | None = None
 
     policy = load_policy(config.policy)
     cluster.check(policy.candidates)
-    for name, model in config.models.items():
-        if model.adapters:
-            raise UsageError(
-                f"the adapters of '{name}' can't be served by a cluster yet.", "merge them: edgeft compress"
-            )
     local = [c for c in policy.candidates.values() if c["kind"] != "api"]
     refuse_missing_labels(cluster, [c["id"] for c in local])
     serve.start(

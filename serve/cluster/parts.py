@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from edgeft.serve.cluster.settings import ENGINE, Cluster, app_name
@@ -16,26 +15,17 @@ def start_engine(candidate: dict[str, Any], config: Config) -> tuple[Any, Any, d
 
     Raises UsageError where the artefact is missing or is not what the policy was fitted on, EnvironmentFault where it does not load.
     """
-    from edgeft.engines.local import LocalModel
     from edgeft.serve.candidates import check, spec_of
+    from edgeft.serve.pool import start
     from edgeft.serve.upstream import HttpUpstream
 
     own = config.model(candidate["id"]).path
     given = {**candidate, "path": str(own)} if own else candidate
-    spec = spec_of(check(given, None if own else config.artifacts), config)
-    options = {**(spec.options or {}), **({"parallel": spec.slots} if spec.slots > 1 else {})}
-    # The context is shared by llama.cpp's slots.
-    local = LocalModel(
-        Path(spec.path),
-        spec.engine,
-        log=spec.log,
-        threads=spec.threads,
-        context=spec.context * spec.slots,
-        name=spec.id,
-        options=options,
+    local = start(spec_of(check(given, None if own else config.artifacts), config), lambda _: None)
+    http = HttpUpstream(
+        local.url, candidate["id"], local.key, slots=local.slots, always_stream=True, trust_env=False
     )
-    http = HttpUpstream(local.url, spec.id, local.key, slots=spec.slots, always_stream=True, trust_env=False)
-    return local, http, {"cache_prompt": False} if spec.engine == "gguf" else {}
+    return local, http, {"cache_prompt": False} if local.features.get("id_slot") else {}
 
 
 def create_proxy(config: Config, cluster: Cluster) -> Any:
@@ -56,7 +46,8 @@ def create_proxy(config: Config, cluster: Cluster) -> Any:
         if candidate["kind"] == "api":
             upstreams[name] = remote(candidate, config)
             continue
-        features = Features(n=False, **{**guess(candidate["engine"]), "id_slot": False})
+        adapters = tuple(config.model(name).adapters)
+        features = Features(n=False, adapters=adapters, **{**guess(candidate["engine"]), "id_slot": False})
         slots = cluster.place(name).largest * slots_of(config, name)
         upstreams[name] = RayUpstream(name, handle(name), slots, features, running(name))
     proxy = Proxy(
