@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import orjson
 from serving import stage
+from serving.proxy import edgeft
 from serving.stage import Server
 from serving.wire import Hangup, Pool
 
@@ -60,8 +61,12 @@ def main() -> None:
         else:
             pace = ("--tokens", str(TOKENS), "--token-s", str(TOKEN_S), "--slots", str(options.slots))
             engine = stack.enter_context(stage.module("upstream", *pace, scratch=scratch))
+        candidates = [f"openai:{engine.url}#{name}" for name in (engine.model, "other")]
         proxy = stack.enter_context(
-            stage.edgeft_bounded(engine, scratch, slots=options.slots, promised_s=options.promised_ttft_s)
+            edgeft(
+                candidates, scratch, model=candidates[0], upstream_key=engine.key,
+                slots=options.slots, promised_ttft_s=options.promised_ttft_s,
+            )
         )
         runs = {}
         for label, server in (("edgeft", proxy), ("engine alone", engine)):

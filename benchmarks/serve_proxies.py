@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from serving import rivals, stage
+from serving.proxy import edgeft
 from serving.stage import Server
 
 REQUESTS = 64
@@ -40,8 +41,8 @@ def main() -> None:
         servers = {
             "upstream": upstream,
             "pass-through": stack.enter_context(stage.module("passthrough", upstream.url, scratch=scratch)),
-            "edgeft": stack.enter_context(stage.edgeft(candidates, scratch)),
-            "edgeft, hits": stack.enter_context(stage.edgeft(candidates, scratch, cache=True)),
+            "edgeft": stack.enter_context(edgeft(candidates, scratch)),
+            "edgeft, hits": stack.enter_context(edgeft(candidates, scratch, cache=True)),
         }
         if not options.no_litellm:
             python = options.litellm_python or rivals.litellm_python()
@@ -59,6 +60,7 @@ def measure(
         for name, server in servers.items()
     }
     for name, server in servers.items():
+        stage.answers(server, asked[name][0])
         stage.wrk(server, asked[name], 4, max(2, seconds / 2), scratch)  # warm: caches filled, connections made
     names = list(servers)
     runs: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}

@@ -22,6 +22,7 @@ from typing import Any
 
 import orjson
 from serving import rivals, stage
+from serving.proxy import edgeft
 from serving.stage import Server
 from serving.wire import Pool
 
@@ -46,12 +47,12 @@ def main() -> None:
         servers = {
             "engine alone": engine,
             "through the proxy": stack.enter_context(
-                stage.edgeft(candidates, scratch, model=candidates[0], upstream_key=engine.key)
+                edgeft(candidates, scratch, model=candidates[0], upstream_key=engine.key)
             ),
         }
         loads = [(name, streams) for streams in (1, 8) for name in servers]
         servers["edgeft, its own engine"] = stack.enter_context(
-            stage.edgeft_local(gguf, scratch, options.threads, slots=8, context=CONTEXT)
+            edgeft(candidates, scratch, model=candidates[0], gguf=gguf, threads=options.threads, slots=8)
         )
         loads.append(("edgeft, its own engine", 8))
         if not options.no_llama:

@@ -74,44 +74,15 @@ def module(name: str, *arguments: str, scratch: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def edgeft(
-    candidates: Sequence[str],
-    scratch: Path,
-    *,
-    cache: bool = False,
-    model: str = "auto",
-    upstream_key: str | None = None,
-    arguments: Sequence[str] = (),
-) -> Iterator[Server]:
-    """`edgeft serve` over candidates (openai:URL#NAME, or what a report called a local one), with a policy fitted on a table of random texts.
+def engine(gguf: Path, scratch: Path, threads: int, slots: int, context: int) -> Iterator[Server]:
+    """A GGUF file in edgeft's child process, without the proxy; `context` tokens for each slot."""
+    from edgeft.engines.local import LocalModel
 
-    The one place that knows edgeft's command line.
-    """
-    place = Path(tempfile.mkdtemp(dir=scratch, prefix="edgeft-"))
-    own = {"EDGEFT_HOME": str(place / "home")} | ({"OPENAI_API_KEY": upstream_key} if upstream_key else {})
-    table = place / "table.jsonl"
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows(candidates)))
-    names = [part for name in candidates for part in ("--candidate", name)]
-    command = [sys.executable, "-m", "edgeft"]
-    fit = [*command, "route", "fit", str(table), *names, "--out", str(place / "policy"), "--quiet"]
-    subprocess.run(fit, check=True, env=environment(**own), stdout=subprocess.DEVNULL)
-    kept = ["--cache", str(place / "answers")] if cache else ["--no-cache"]
-    serve = [*command, "serve", "--policy", str(place / "policy"), "--port", "0", "--json", *kept, *arguments]
-    with process(serve, place / "log", environment(**own)) as child:
-        url = first_line(child, place / "log")["url"]
-        yield Server(url, model=model, pid=child.pid)
-
-
-def rows(candidates: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """400 graded requests of common words in which the dearer candidates gain where 'because' is said: enough for a hashed head."""
-    import random
-
-    chance = random.Random(0)
-    for _ in range(400):
-        hard = chance.random() < 0.5
-        text = " ".join(chance.choices(WORDS, k=30)) + (" because" if hard else "")
-        scores = {f"{name}:score": float(place > 0 or not hard) for place, name in enumerate(candidates)}
-        yield {"request": text, **scores}
+    wanted = {"parallel": slots, "run_profile": False}
+    with LocalModel(
+        gguf, "gguf", log=scratch / "engine.log", threads=threads, context=slots * context, name="small", options=wanted
+    ) as model:
+        yield Server(model.url, model.key, "small", model.pid)
 
 
 WORDS = (
@@ -150,6 +121,16 @@ def wait_until(url: str, log: Path, child: subprocess.Popen[str]) -> None:
     sys.exit(f"{url} does not answer:\n{log.read_text()[-2000:]}")
 
 
+def answers(server: Server, body: dict[str, Any]) -> None:
+    """Ask once and wait for as long as a first answer takes. Ends the run where it is an error."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {server.key}"} if server.key else {}
+    reply = httpx.post(server.url + PATH, json=body, headers=headers, timeout=STARTS_IN_S, trust_env=False)
+    if reply.status_code != 200:
+        sys.exit(f"{server.url}: {reply.status_code} {reply.text[:500]}")
+
+
 def free_port() -> int:
     """A port that was free a moment ago, for programs that can't take 0."""
     with socket.socket() as probe:
@@ -177,12 +158,13 @@ def wrk(server: Server, requests: list[dict[str, Any]], connections: int, second
     }
 
 
-def rss_bytes(pid: int) -> int:
-    """Resident memory of a process and its children."""
+def memory_bytes(pid: int) -> tuple[int, int]:
+    """(resident, of it not shared) memory of a process and its children. A mapped cache file is resident and shared."""
     import psutil
 
     root = psutil.Process(pid)
-    return sum(p.memory_info().rss for p in (root, *root.children(recursive=True)))
+    parts = [p.memory_info() for p in (root, *root.children(recursive=True))]
+    return sum(m.rss for m in parts), sum(m.rss - m.shared for m in parts)
 
 
 def show(table: list[list[str]], found: dict[str, Any]) -> None:
