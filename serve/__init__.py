@@ -1,5 +1,6 @@
 assert __name__ == "edgeft.serve", "import edgeft.serve, not serve from the checkout"
 
-from edgeft.serve.run import Config, serve
+from edgeft.serve.config import Config, load, shown
+from edgeft.serve.run import serve
 
-__all__ = ["Config", "serve"]
+__all__ = ["Config", "load", "serve", "shown"]

@@ -1,7 +1,7 @@
 """Who may use an engine now, who waits, who is told to come back.
 
-In flight at most `slots`, waiting at most `waiting`, first come first served; the rest gets an
-honest time to come back after, from the measured service times.
+In flight at most `slots`, waiting at most `waiting`, first come first served. What is expected to begin later than was promised is
+refused before it waits, with an honest time to come back after, from measured service times.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from contextlib import asynccontextmanager
 
 FIRST_GUESS_S = 2.0
 WEIGHT = 0.2  # of the newest service time in the running mean
+SURE = 2.0  # mean deviations above the mean that a promise allows for
 
 
 class Busy(Exception):
-    """The queue is full; `retry_after_s` is when there should be room."""
+    """There is no room, or none within what was promised; `retry_after_s` is when there should be."""
 
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"busy for about {retry_after_s} s")
-        self.retry_after_s = retry_after_s
+    def __init__(self, retry_after_s: float, why: str = "queue_full") -> None:
+        super().__init__(f"busy for about {retry_after_s:.1f} s")
+        self.retry_after_s, self.why = max(1, math.ceil(retry_after_s)), why
 
 
 class Admission:
@@ -32,25 +33,68 @@ class Admission:
         self.slots, self.waiting = slots, waiting
         self.in_flight = 0
         self.queue: deque[asyncio.Future[None]] = deque()
-        self.service_s = FIRST_GUESS_S
+        self.service_s, self.deviation_s = FIRST_GUESS_S, FIRST_GUESS_S / 2
+        self.s_per_prompt_token: float | None = None  # from slot to first token; None until one was seen
+        self.seen = 0
+
+    def wait_s(self) -> float:
+        """How long a newcomer would wait for a slot: k answers end before it begins, at `slots` at a time. Mean and mean deviation are
+        running ones, as in TCP's retransmission timer (Jacobson 1988); deviations of k answers add up as sqrt(k)."""
+        if self.in_flight < self.slots:
+            return 0.0
+        k = len(self.queue) + 1
+        return (k * self.service_s + SURE * math.sqrt(k) * self.deviation_s) / self.slots
+
+    def ttft_s(self, prompt_tokens: int) -> float:
+        """Expected time to the first token of a newcomer."""
+        return self.wait_s() + prompt_tokens * (self.s_per_prompt_token or 0.0) * max(
+            1, self.slots if self.in_flight else 1
+        )
+
+    def refuse(self, prompt_tokens: int = 0, promised_s: float | None = None) -> Busy | None:
+        """Why a newcomer may not come in, or None."""
+        if self.in_flight >= self.slots and len(self.queue) >= self.waiting:
+            return Busy(self.service_s * (len(self.queue) + 1) / self.slots)
+        if (
+            promised_s is not None
+            and self.in_flight
+            and (expected := self.ttft_s(prompt_tokens)) > promised_s
+        ):
+            return Busy(expected - promised_s, "ttft")
+        return None
+
+    def first(self, prompt_tokens: int, seconds: float) -> None:
+        """The first token of an answer came so long after its slot was taken."""
+        rate = seconds / max(1, prompt_tokens)
+        known = self.s_per_prompt_token
+        self.s_per_prompt_token = rate if known is None else known + WEIGHT * (rate - known)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Hold a slot for the length of the block. Raises Busy where slots and queue are full."""
-        await self._enter()
+    async def slot(self, prompt_tokens: int = 0, promised_s: float | None = None) -> AsyncIterator[None]:
+        """Hold a slot for the length of the block. Raises Busy as `refuse` says."""
+        if busy := self.refuse(prompt_tokens, promised_s):
+            raise busy
+        if self.in_flight < self.slots:
+            self.in_flight += 1
+        else:
+            await self._queue()
         started = time.monotonic()
         try:
             yield
         finally:
-            self.service_s += WEIGHT * (time.monotonic() - started - self.service_s)
+            self._served(time.monotonic() - started)
             self._leave()
 
-    async def _enter(self) -> None:
-        if self.in_flight < self.slots:
-            self.in_flight += 1
+    def _served(self, seconds: float) -> None:
+        self.seen += 1
+        if self.seen == 1:
+            self.service_s, self.deviation_s = seconds, seconds / 2
             return
-        if len(self.queue) >= self.waiting:
-            raise Busy(max(1, math.ceil(self.service_s * (len(self.queue) + 1) / self.slots)))
+        off = seconds - self.service_s
+        self.service_s += WEIGHT * off
+        self.deviation_s += WEIGHT * (abs(off) - self.deviation_s)
+
+    async def _queue(self) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.queue.append(turn)
         try:
@@ -63,7 +107,7 @@ class Admission:
             raise
 
     def _leave(self) -> None:
-        while self.queue:
+        while self.queue and self.in_flight <= self.slots:
             turn = self.queue.popleft()
             if not turn.done():
                 turn.set_result(None)  # the slot passes on; in_flight stays

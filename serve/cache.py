@@ -1,75 +1,71 @@
-"""Exact answers kept on disk: the same request to the same artefact gets the same answer.
-
-The key is a hash of everything that decides the answer, so the disk holds no prompts; it does hold
-answers. diskcache's JSON disk, with its way back to pickle closed (CVE-2025-69872).
-"""
+"""Answers kept by the hash of the whole request: what serving adds to `edgeft.router.cache`."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from edgeft.files import sha256_json
-from edgeft.router.cache.exact import opened
-from edgeft.serve.sse import Answer
-
-TTL_S = 3600.0
-SIZE_LIMIT_BYTES = 256 << 20
-KEPT_REASONS = ("stop", "length")
-log = logging.getLogger("edgeft.serve")
-
-
-def key_of(candidate_id: str, artifact_sha256: str | None, fields: dict[str, Any]) -> str:
-    """The key: chosen model, its artefact's hash, and every field that goes upstream."""
-    return sha256_json(["edgeft/answer@1", candidate_id, artifact_sha256, fields])
+from edgeft.router.cache.exact import Settings, keepable, key_of
+from edgeft.serve.answer import Answer
+from edgeft.serve.choose import Plan
+from edgeft.serve.config import Cache
+from edgeft.serve.protocol import Asked
 
 
 class AnswerCache:
-    """Answers by key. A disk that fails costs the hit, never the answer."""
+    """Answers by key. A store that fails costs the hit, never the answer."""
 
-    def __init__(self, folder: Path, ttl_s: float = TTL_S) -> None:
-        """Open or make the cache. Raises EnvironmentFault where the folder can't be used."""
-        self.ttl_s = ttl_s
-        self.disk = opened(folder, _json_disk, SIZE_LIMIT_BYTES)
+    def __init__(self, store: Any, settings: Cache) -> None:
+        """`store` is an ExactCache, or what behaves like one (also with coroutines)."""
+        self.store, self.ttl_s = store, settings.ttl_s
+        sampled = {
+            (t, r): allowed for pair, allowed in settings.sampled.items() for t, r in (pair.split("/"),)
+        }
+        self.settings = Settings(settings.ttl_s, sampled)
 
-    def get(self, key: str) -> Answer | None:
-        """The kept answer, or None."""
+    def key(self, asked: Asked, plan: Plan) -> str | None:
+        """The key of a request to the plan's first choice, or None where nothing of it may be kept or given again: private ones,
+        and sampled ones unless that was allowed."""
+        if plan.private or not self.settings.allows(asked.fields, plan.tenant, plan.order[0]):
+            return None
+        return self.key_for(asked, plan, plan.order[0])
+
+    @staticmethod
+    def key_for(asked: Asked, plan: Plan, candidate_id: str) -> str:
+        """The key of a request to one candidate. The judge's threshold is part of what decides a drafted answer."""
+        candidate = plan.policy.candidates[candidate_id]
+        fields = {**asked.fields, "edgeft/api": asked.kind.name}
+        if plan.draft:
+            fields["edgeft/judged-by"] = plan.policy.sha256
+        return key_of(
+            fields,
+            candidate_id,
+            tenant=plan.tenant,
+            artifact_sha256=candidate.get("artifact_sha256"),
+            adapter_sha256=plan.adapter,
+        )
+
+    async def get(self, key: str) -> tuple[Answer, str] | None:
+        """(the kept answer, who gave it), or None."""
+        value = await _now(self.store.get(key))
         try:
-            value = self.disk.get(key)
-            return None if value is None else Answer(**value)
-        except Exception as error:
-            log.warning("cache read failed: %s", type(error).__name__)
+            return None if value is None else (Answer.from_dict(value["answer"]), value["route"])
+        except (KeyError, TypeError):
             return None
 
-    def put(self, key: str, answer: Answer) -> None:
-        """Keep an answer that ended by itself or at its token limit; others are not kept."""
-        if answer.finish_reason not in KEPT_REASONS:
+    async def put(self, key: str, answer: Answer, plan: Plan, route: str) -> None:
+        """Keep an answer that ended by itself: not one that was cut, refused or filtered."""
+        if not all(keepable(c.finish_reason, c.message) for c in answer.choices):
             return
-        try:
-            self.disk.set(key, answer.to_dict(), expire=self.ttl_s)
-        except Exception as error:
-            log.warning("cache write failed: %s", type(error).__name__)
+        labels = [f"model:{route}", *([f"tenant:{plan.tenant}"] if plan.tenant else [])]
+        value: Mapping[str, Any] = {"answer": answer.to_dict(), "route": route}
+        await _now(self.store.put(key, value, self.ttl_s, labels))
 
-    def close(self) -> None:
-        """Close the files."""
-        self.disk.close()
+    async def aclose(self) -> None:
+        """Close what is open."""
+        await _now(self.store.close())
 
 
-def _json_disk() -> Any:
-    """diskcache's JSONDisk, refusing what its parent would unpickle."""
-    from diskcache import JSONDisk
-    from diskcache.core import MODE_PICKLE
-
-    class NoPickle(JSONDisk):
-        def get(self, key: Any, raw: Any) -> Any:
-            if not raw:
-                raise ValueError("a pickled key in the cache")
-            return super().get(key, raw)
-
-        def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-            if mode == MODE_PICKLE:
-                raise ValueError("a pickled value in the cache")
-            return super().fetch(mode, filename, value, read)
-
-    return NoPickle
+async def _now(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value

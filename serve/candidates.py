@@ -1,4 +1,4 @@
-"""From a policy's candidates to upstreams: check that they are what was measured, then start them."""
+"""From a policy's candidates to upstreams: check that they are what was measured, say how each is run or reached."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from edgeft.serve.pool import LocalSpec
+
 from edgeft.errors import EdgeftError, UsageError
-from edgeft.serve.upstream import HttpUpstream, LitellmUpstream, Upstream
+from edgeft.home import cache_dir
+from edgeft.serve.config import Config, secret
+from edgeft.serve.upstream import REMOTE_SLOTS, HttpUpstream, LitellmUpstream, Upstream
 
 FIT_AGAIN = "edgeft bench … and edgeft route fit …, on the artefact that will serve"
 
@@ -47,25 +51,44 @@ def check(candidate: dict[str, Any], artifacts: Path | None = None) -> dict[str,
     return {**candidate, "path": str(path)}
 
 
-def start(candidate: dict[str, Any], logs: Path, threads: int | None, context: int) -> Upstream:
-    """Start a checked candidate; blocks until it is loaded. Raises EnvironmentFault where it can't be."""
-    if candidate["kind"] == "api":
-        kind, url, model = address_of(candidate["id"])
-        if kind == "litellm":
-            return LitellmUpstream(model)
-        return HttpUpstream(url, model, os.environ.get("OPENAI_API_KEY"))
-    from edgeft.engines.local import LocalModel
-
+def spec_of(candidate: dict[str, Any], config: Config) -> LocalSpec:
+    """How a checked local candidate is run."""
+    own, engines = config.model(candidate["id"]), config.engines
+    path = own.path or Path(candidate["path"])
     name = "".join(c if c.isalnum() or c in "-_." else "+" for c in candidate["id"])
-    local = LocalModel(
-        Path(candidate["path"]),
-        candidate["engine"],
-        log=logs / f"{name}.log",
-        threads=threads,
-        context=context,
-        name=candidate["id"],
+    return LocalSpec(
+        id=candidate["id"],
+        path=path,
+        engine=candidate["engine"],
+        context=own.context or engines.context,
+        threads=own.threads or engines.threads,
+        slots=own.slots or engines.slots,
+        adapters=dict(own.adapters),
+        options={"llama_server": str(engines.llama_server)}
+        if engines.llama_server and candidate["engine"] == "gguf"
+        else {},
+        log=cache_dir("logs") / f"{name}.log",
     )
-    return HttpUpstream(local.url, candidate["id"], local.key, slots=1, local=local)
+
+
+def remote(candidate: dict[str, Any], config: Config) -> Upstream:
+    """What answers for an API candidate or another server. Raises UsageError where its key is missing."""
+    own = config.model(candidate["id"])
+    kind, url, model = address_of(candidate["id"])
+    key = secret(own.key_env, own.key_file, f"the key of '{candidate['id']}'")
+    if kind == "litellm":
+        return LitellmUpstream(model, key, own.silence_s)
+    return HttpUpstream(
+        url,
+        model,
+        key or os.environ.get("OPENAI_API_KEY"),
+        always_stream=own.stream == "always",
+        connect_s=own.connect_s,
+        silence_s=own.silence_s,
+        ca_file=own.ca_file,
+        slots=own.slots or REMOTE_SLOTS,
+        trust_env=candidate.get("remote", True),
+    )
 
 
 def address_of(candidate_id: str) -> tuple[str, str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -45,6 +47,35 @@ class Metrics:
         )
         self.in_flight = Gauge("edgeft_in_flight", "Requests in the engine.", ("route",), registry=own)
         self.waiting = Gauge("edgeft_waiting", "Requests in the queue.", ("route",), registry=own)
+
+    def first(self, route: str, seconds: float) -> None:
+        """The first output of an engine."""
+        self.ttft_s.labels(route).observe(seconds)
+
+    def finished(self, route: str, status: int, seconds: float) -> None:
+        """A request is over."""
+        self.requests.labels(route, str(status)).inc()
+        self.duration_s.labels(route).observe(seconds)
+
+    def cache_lookup(self, result: str) -> None:
+        self.cache.labels(result).inc()
+
+    def tokens_used(self, route: str, prompt: int, output: int, cached: int) -> None:
+        self.tokens.labels(route, "in").inc(prompt)
+        self.tokens.labels(route, "out").inc(output)
+
+    def unresolved_usage(self, route: str) -> None:
+        self.unresolved.labels(route).inc()
+
+    def cost(self, route: str, usd: float) -> None: ...
+    def always_api(self, usd: float) -> None: ...
+    def fell_back(self, route: str, why: str) -> None: ...
+    def escalated(self, route: str, to: str, why: str) -> None: ...
+    def refused(self, code: str) -> None: ...
+    def moment(self, proxy: Any) -> None:
+        for name, admission in proxy.admissions.items():
+            self.in_flight.labels(name).set(admission.in_flight)
+            self.waiting.labels(name).set(len(admission.queue))
 
     def text(self) -> bytes:
         """The exposition format."""

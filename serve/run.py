@@ -1,4 +1,4 @@
-"""Run the proxy: check everything, listen, load the models, serve until told to end."""
+"""Run the proxy: check everything, listen, load the models, serve until told to end; read the configuration again on SIGHUP."""
 
 from __future__ import annotations
 
@@ -8,67 +8,51 @@ import ipaddress
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeft import console
-from edgeft.errors import UsageError, missing_extra
+from edgeft.errors import EdgeftError, UsageError, missing_extra
 from edgeft.home import cache_dir
+from edgeft.serve.config import Config, secret
 
-PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "safetensors")
-DRAIN_S = 20
-BACKLOG = 512
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `serve` needs to know."""
-
-    policy: Path
-    host: str = "127.0.0.1"
-    port: int = 8080  # 0: a free one
-    cache: Path | None = None  # None: no cache
-    threads: int | None = None  # of each local model; None: the engine's default
-    context: int = 2048  # tokens, of each local model
-    artifacts: Path | None = None  # where the artefacts lie, if not where the policy says
+PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "safetensors", "aiohttp")
+BACKLOG = 2048
+HEALTH_EVERY_S = 5.0
+log = logging.getLogger("edgeft.serve")
 
 
-def serve(config: Config) -> int:
-    """Serve until SIGTERM (returns 0) or SIGINT (returns 130); requests that run are finished first.
+def serve(config: Config, reread: Any = None) -> int:
+    """Serve until SIGTERM (returns 0) or SIGINT (returns 130); requests that were accepted are finished first.
 
-    Raises UsageError for a host that is not loopback, a taken port, a policy or artefact that is missing
-    or changed; EnvironmentFault where a package is missing or a model does not load.
+    `reread()` gives the configuration anew on SIGHUP. Raises UsageError for a host that is not loopback where no key is asked for, a taken
+    port, a policy or artefact that is missing or changed; EnvironmentFault where a package is missing or a model does not load.
     """
-    refuse_public(config.host)
-    for package in (*PACKAGES, *(("diskcache",) if config.cache else ())):
+    refuse_public(config)
+    for package in (*PACKAGES, *(("diskcache",) if config.cache.enabled else ())):
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, "serve")
     import uvicorn
 
-    from edgeft.router import load_policy
-    from edgeft.serve.app import create_app
-    from edgeft.serve.cache import AnswerCache
-    from edgeft.serve.candidates import check
-    from edgeft.serve.upstream import Upstream
+    from edgeft.serve.running import Running
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    policy = load_policy(config.policy)
-    candidates = [check(c, config.artifacts) for c in policy.candidates.values()]
-    bound = bind(config.host, config.port)
+    running = Running(config)
+    bound = bind(config.listen.host, config.listen.port)
     try:
-        upstreams: dict[str, Upstream] = {}
-        app = create_app(policy, upstreams, AnswerCache(config.cache) if config.cache else None)
+        app = running.start()
         settings = uvicorn.Config(
             app,
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=DRAIN_S,
+            date_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=round(config.listen.drain_s),
+            ssl_certfile=config.listen.tls_certificate,
+            ssl_keyfile=config.listen.tls_key,
         )
 
         class Server(uvicorn.Server):
@@ -76,7 +60,8 @@ def serve(config: Config) -> int:
             def capture_signals(self) -> Iterator[None]:
                 yield  # ours: uvicorn's would raise the signal again when all is done
 
-        runner = Runner(Server(settings), upstreams, candidates, config)
+        settings.load()
+        runner = Runner(Server(settings), running, reread)
         with asyncio.Runner(loop_factory=settings.get_loop_factory()) as loop:
             return loop.run(runner.run(bound))
     finally:
@@ -84,78 +69,96 @@ def serve(config: Config) -> int:
 
 
 class Runner:
-    """One run: the server in the event loop, the models loading in a thread beside it."""
+    """One run: the server in the event loop, signals, the models loading beside it."""
 
-    def __init__(
-        self, server: Any, upstreams: dict[str, Any], candidates: list[dict[str, Any]], config: Config
-    ) -> None:
-        self.server, self.upstreams, self.candidates, self.config = server, upstreams, candidates, config
+    def __init__(self, server: Any, running: Any, reread: Any) -> None:
+        self.server, self.running, self.reread = server, running, reread
         self.signal = 0
         self.failure: Exception | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, bound: socket.socket) -> int:
         """Serve on the socket; returns the exit code. Raises what loading a model raised."""
         loop = asyncio.get_running_loop()
         for sign in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(sign, self.stop, sign)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self.begin(self.reload()))
         host, port = bound.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        loading = threading.Thread(target=self.load, args=(url,), daemon=True)
-        loading.start()
+        scheme = "https" if self.running.config.listen.tls_certificate else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        loading = self.begin(self.load(url))
+        self.begin(self.running.look_after())
         await self.server.serve(sockets=[bound])
-        if loading.is_alive():
-            end_children()  # the model that loads just now; its thread then ends with an error
-            await asyncio.to_thread(loading.join, 10)
-        for upstream in self.upstreams.values():
-            await upstream.aclose()
+        if not loading.done():
+            await self.running.aclose()  # ends the model that loads just now
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.running.aclose()
         if self.failure and not self.signal:
             raise self.failure
         return 130 if self.signal == signal.SIGINT else 0
+
+    def begin(self, work: Any) -> asyncio.Task[None]:
+        """Run something beside the server."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
 
     def stop(self, sign: int) -> None:
         """End gracefully; a second signal ends at once."""
         self.server.force_exit = bool(self.signal)
         self.signal = self.signal or sign
+        self.running.proxy.draining = True
         self.server.should_exit = True
 
-    def load(self, url: str) -> None:
-        """Start the candidates one after the other. Runs in a thread."""
-        from edgeft.serve.candidates import start
-
-        logs = cache_dir("logs")
+    async def load(self, url: str) -> None:
+        """Start the candidates that are to be there from the beginning."""
         try:
-            for candidate in self.candidates:
-                if self.server.should_exit:
-                    return
-                with console.step(f"loading {candidate['id']}"):
-                    upstream = start(candidate, logs, self.config.threads, self.config.context)
-                self.upstreams[candidate["id"]] = upstream
-            console.note(
-                f"ready: {url}/v1, model 'auto' or {' or '.join(repr(name) for name in self.upstreams)}"
-            )
+            names = await self.running.load()
+            console.note(f"ready: {url}/v1, model 'auto' or {' or '.join(repr(name) for name in names)}")
             console.result({"url": url, "ready": True})
+        except asyncio.CancelledError:
+            raise
         except Exception as error:
             self.failure = error
             self.server.should_exit = True
 
+    async def reload(self) -> None:
+        """Take a new configuration and policy; what is wrong leaves everything as it is."""
+        try:
+            await self.running.reload(self.reread() if self.reread else self.running.config)
+            console.note("reloaded")
+            log.info("reloaded")
+        except EdgeftError as error:
+            console.note(f"not reloaded: {error.message}")
+            log.error("not reloaded: %s", error.message)
 
-def refuse_public(host: str) -> None:
-    """Raise UsageError unless the host is this machine alone."""
+
+def refuse_public(config: Config) -> None:
+    """Raise UsageError unless the host is this machine alone, or keys are asked for."""
+    host = config.listen.host
     try:
         private = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         private = False
-    if not private:
+    if not private and not config.keys.required:
         raise UsageError(
-            f"--host {host} would open the proxy to the network, and it asks nobody for a key yet.",
-            "edgeft serve … --host 127.0.0.1, behind a proxy that checks keys",
+            f"the host {host} would open the proxy to the network, and it asks nobody for a key.",
+            "keys: {required: true} in edgeft.yaml, and edgeft keys create NAME",
         )
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket on the address. Raises UsageError where it is taken or not allowed."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(
+            f"{host}:{port} can't be listened on: {error.strerror}.", "--host 127.0.0.1"
+        ) from None
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
@@ -168,12 +171,39 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def end_children() -> None:
-    """Kill the processes that this one has started."""
-    import psutil
+def open_cache(config: Config) -> Any:
+    """The store of answers, or None."""
+    from edgeft.serve.cache import AnswerCache
 
-    for process in psutil.Process().children(recursive=True):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    settings = config.cache
+    if not settings.enabled:
+        return None
+    store: Any
+    if url := secret(settings.redis_env, None, "the address of Redis"):
+        from edgeft.router.cache.shared import RedisCache
+
+        store = RedisCache(url)
+    else:
+        from edgeft.router.cache.exact import ExactCache
+
+        store = ExactCache(settings.folder or cache_dir("answers"), settings.size_bytes)
+    return AnswerCache(store, settings)
+
+
+def open_keys(config: Config) -> Any:
+    """Who may ask, or None where nobody has a key and none is needed."""
+    from edgeft.serve.keys import KeyStore, default_path
+
+    path = config.keys.database or default_path()
+    if not config.keys.required and not path.exists():
+        return None
+    return KeyStore(path)
+
+
+def reader(path: Path | None, given: Config) -> Any:
+    """What gives the configuration anew: the file, or what was given on the command line."""
+    if path is None:
+        return lambda: given
+    from edgeft.serve.config import load
+
+    return lambda: load(path)

@@ -1,38 +1,69 @@
-"""What stands behind the proxy: anything that turns a chat request into a stream of chunks.
+"""What stands behind the proxy: anything that turns a request into a stream of chunks.
 
-An upstream is always asked for a stream, also for clients that want none: closing a stream frees
-the engine's slot at once, closing a call that is not streamed does not.
+Local engines are always asked for a stream, also for clients that want none: closing a stream frees the engine's slot at once, closing
+a call that is not streamed does not. Servers elsewhere are asked as the client asked, unless told otherwise.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from edgeft.serve import sse
-from edgeft.serve.protocol import Refusal
-from edgeft.serve.sse import Chunk
+import orjson
 
-CONNECT_S, READ_S = 5.0, 600.0  # reading: the longest silence, as before the first token of a long prompt
+from edgeft.serve import sse
+from edgeft.serve.answer import BrokenStream, Chunk, chunks_of
+from edgeft.serve.protocol import Kind, Refusal
+
 REMOTE_SLOTS = 64
+MAX_ANSWER_BYTES = 64 << 20
+NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an upstream can do beside chat. A remote one is asked and says so itself."""
+
+    completions: bool = True
+    embeddings: bool = True
+    tools: bool = True
+    json_schema: bool = True
+    logprobs: bool = True
+    n: bool = True  # several answers in one call
+    adapters: tuple[str, ...] = ()
+    id_slot: bool = False  # takes llama.cpp's id_slot and cache_prompt
 
 
 class Upstream(Protocol):
     """One candidate that can answer."""
 
     slots: int  # requests at a time
+    features: Features
 
-    def stream(self, fields: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        """Chunks of OpenAI's chat.completion.chunk, usage among them where the upstream tells it.
+    def stream(
+        self, kind: Kind, fields: Mapping[str, Any], stream: bool = True, extra: Mapping[str, Any] = NOTHING
+    ) -> AsyncGenerator[Chunk]:
+        """Chunks of OpenAI's API, usage among them where the upstream tells it. `extra` are the engine's own fields.
 
         Raises Refusal before the first chunk, BrokenStream after. Closing the iterator ends the work.
         """
         ...
 
-    def alive(self) -> bool:
-        """False where it can't answer any more."""
+    async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """OpenAI's answer of /v1/embeddings. Raises Refusal."""
+        ...
+
+    def hold(self) -> AbstractAsyncContextManager[None]:
+        """Keep what answers loaded for the length of the block; loads it where it is not. Raises Refusal."""
+        ...
+
+    def state(self) -> str:
+        """ready, loading, unloaded (loads when asked), restarting, or ended."""
         ...
 
     async def aclose(self) -> None:
@@ -41,54 +72,128 @@ class Upstream(Protocol):
 
 
 class HttpUpstream:
-    """A server that speaks OpenAI's chat API: a local model's process, or another server."""
+    """A server that speaks OpenAI's API: a local model's process, vLLM, llama-server, another edgeft, an API."""
 
     def __init__(
-        self, url: str, model: str, key: str | None, *, slots: int = REMOTE_SLOTS, local: Any = None
+        self,
+        url: str,
+        model: str,
+        key: str | None,
+        *,
+        slots: int = REMOTE_SLOTS,
+        always_stream: bool = False,
+        trust_env: bool = True,
+        connect_s: float = 5.0,
+        silence_s: float = 600.0,
+        ca_file: Path | None = None,
+        features: Features | None = None,
     ) -> None:
-        """`url` without /v1. `local` is the LocalModel behind it, ended with the upstream."""
-        import httpx
+        """`url` without /v1. `silence_s`: the longest wait for the next byte, as before the first token of a long prompt. Proxies of
+        the environment are for the world outside (`trust_env`), not for a process on this box."""
+        self.url, self.model, self.slots, self.always_stream = url, model, slots, always_stream
+        self.features = features or Features()
+        self.headers = {"Content-Type": "application/json"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.trust_env, self.connect_s, self.silence_s = trust_env, connect_s, silence_s
+        self.tls = ssl.create_default_context(cafile=str(ca_file)) if ca_file else True
+        self._session: Any = None
 
-        self.url, self.model, self.slots, self.local = f"{url}/v1/chat/completions", model, slots, local
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Proxies of the environment are for the world outside, not for a child process.
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(READ_S, connect=CONNECT_S, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=REMOTE_SLOTS),
-            trust_env=local is None,
-        )
+    def session(self) -> Any:
+        """The connections; made in the event loop that uses them."""
+        if self._session is None:
+            import aiohttp
 
-    async def stream(self, fields: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        import httpx
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.connect_s, sock_read=self.silence_s)
+            self._session = aiohttp.ClientSession(
+                timeout=timeout,
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30, ssl=self.tls),
+                trust_env=self.trust_env,
+                headers=self.headers,
+                auto_decompress=True,
+                skip_auto_headers=("User-Agent",),
+            )
+        return self._session
 
-        body = {**fields, "model": self.model, "stream": True, "stream_options": {"include_usage": True}}
-        started = False
+    async def stream(
+        self, kind: Kind, fields: Mapping[str, Any], stream: bool = True, extra: Mapping[str, Any] = NOTHING
+    ) -> AsyncGenerator[Chunk]:
+        import aiohttp
+
+        body: dict[str, Any] = {**fields, **extra, "model": self.model}
+        if stream or self.always_stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        data, started = orjson.dumps(body), False
         try:
-            async with self.client.stream("POST", self.url, json=body, headers=self.headers) as response:
-                if response.status_code != 200:
+            async with await self._post(kind.path, data) as response:
+                if response.status != 200:
                     raise refused(
-                        response.status_code, await _message(response), response.headers.get("retry-after")
+                        response.status, await _message(response), response.headers.get("Retry-After")
                     )
-                async with aclosing(sse.read(response.aiter_lines())) as chunks:
-                    async for chunk in chunks:
+                if response.content_type == "text/event-stream" or (
+                    "stream" in body and response.content_type != "application/json"
+                ):
+                    async with aclosing(sse.read(response.content.iter_any())) as chunks:
+                        async for chunk in chunks:
+                            started = True
+                            yield chunk
+                else:
+                    for chunk in chunks_of(await _json(response), kind):
                         started = True
                         yield chunk
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if started:
-                raise sse.BrokenStream(f"the connection broke ({type(error).__name__})") from None
-            raise Refusal(
-                502, f"The engine did not answer ({type(error).__name__}).", kind="upstream_error"
-            ) from None
+                raise BrokenStream(f"the connection broke ({type(error).__name__})") from None
+            raise unreachable(error) from None
 
-    def alive(self) -> bool:
-        return self.local is None or self.local.alive()
+    async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        import aiohttp
+
+        try:
+            async with await self._post(
+                "/v1/embeddings", orjson.dumps({**fields, "model": self.model})
+            ) as response:
+                if response.status != 200:
+                    raise refused(
+                        response.status, await _message(response), response.headers.get("Retry-After")
+                    )
+                value = await _json(response)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise unreachable(error) from None
+        if not isinstance(value, dict) or not isinstance(value.get("data"), list):
+            raise BrokenStream("the answer has no data")
+        return value
+
+    async def _post(self, path: str, data: bytes) -> Any:
+        """The response, once its headers are here. A kept connection that the server has hung up is tried once more."""
+        import aiohttp
+
+        session = self.session()
+        try:
+            return await session.post(f"{self.url}{path}", data=data, allow_redirects=False)
+        except aiohttp.ServerDisconnectedError:
+            return await session.post(f"{self.url}{path}", data=data, allow_redirects=False)
+
+    async def healthy(self) -> bool:
+        """True where the server answers at all."""
+        import aiohttp
+
+        try:
+            timeout = aiohttp.ClientTimeout(total=self.connect_s)
+            async with self.session().get(f"{self.url}/v1/models", timeout=timeout) as response:
+                return bool(response.status < 500)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    def hold(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    def state(self) -> str:
+        return "ready"
 
     async def aclose(self) -> None:
-        import asyncio
-
-        await self.client.aclose()
-        if self.local is not None:
-            await asyncio.to_thread(self.local.close)
+        if self._session is not None:
+            await self._session.close()
 
 
 class LitellmUpstream:
@@ -96,7 +201,7 @@ class LitellmUpstream:
 
     slots = REMOTE_SLOTS
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, key: str | None = None, silence_s: float = 600.0) -> None:
         from edgeft.errors import missing_extra
 
         os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download at import
@@ -104,14 +209,22 @@ class LitellmUpstream:
             import litellm
         except ImportError:
             raise missing_extra("litellm", "api") from None
-        self.litellm, self.model = litellm, model
+        self.litellm, self.model, self.features = litellm, model, Features()
+        self.more: dict[str, Any] = {
+            "timeout": silence_s,
+            "num_retries": 0,
+            **({"api_key": key} if key else {}),
+        }
         litellm.suppress_debug_info = True
 
-    async def stream(self, fields: dict[str, Any]) -> AsyncGenerator[Chunk]:
+    async def stream(
+        self, kind: Kind, fields: Mapping[str, Any], stream: bool = True, extra: Mapping[str, Any] = NOTHING
+    ) -> AsyncGenerator[Chunk]:
         started = False
+        call = self.litellm.acompletion if kind.name == "chat" else self.litellm.atext_completion
         try:
-            response = await self.litellm.acompletion(
-                model=self.model, stream=True, stream_options={"include_usage": True}, **fields
+            response = await call(
+                model=self.model, stream=True, stream_options={"include_usage": True}, **fields, **self.more
             )
             try:
                 async for chunk in response:
@@ -120,43 +233,131 @@ class LitellmUpstream:
             finally:
                 if closing := getattr(response, "aclose", None):
                     await closing()
-        except (Refusal, sse.BrokenStream):
+        except (Refusal, BrokenStream):
             raise
         except Exception as error:
             # litellm's messages may quote the request: only its type and status are told.
             if started:
-                raise sse.BrokenStream(f"the provider failed ({type(error).__name__})") from None
-            status = getattr(error, "status_code", 502)
-            raise refused(status if isinstance(status, int) else 502, type(error).__name__, None) from None
+                raise BrokenStream(f"the provider failed ({type(error).__name__})") from None
+            raise _by_status(error) from None
 
-    def alive(self) -> bool:
-        return True
+    async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            response = await self.litellm.aembedding(model=self.model, **fields, **self.more)
+        except Exception as error:
+            raise _by_status(error) from None
+        value: dict[str, Any] = response.model_dump(exclude_none=True)
+        return value
+
+    def hold(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    def state(self) -> str:
+        return "ready"
 
     async def aclose(self) -> None:
         return None
 
 
+def _by_status(error: Exception) -> Refusal:
+    status = getattr(error, "status_code", 502)
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    return refused(
+        status if isinstance(status, int) else 502, type(error).__name__, headers.get("retry-after")
+    )
+
+
+def unreachable(error: Exception) -> Refusal:
+    """What is told of an upstream that gave no answer."""
+    if isinstance(error, TimeoutError):
+        return Refusal(
+            504,
+            "The model did not answer in time.",
+            kind="upstream_error",
+            code="upstream_timeout",
+            elsewhere=True,
+        )
+    return Refusal(
+        502, f"The engine did not answer ({type(error).__name__}).", kind="upstream_error", code="upstream_unreachable", elsewhere=True
+    )  # fmt: skip
+
+
 def refused(status: int, message: str, retry_after: str | None) -> Refusal:
     """What the client is told of an upstream's status: its own fault as it is, ours as a 502."""
     if status == 429:
-        wait = int(retry_after) if retry_after and retry_after.isdigit() else 1
-        return Refusal(429, "The model is at its limit.", kind="rate_limit_error", retry_after_s=wait)
-    if status in (400, 404, 413, 415, 422):
-        shown = 400 if status == 404 else status
+        return at_limit(seconds(retry_after) or 1.0)
+    if status in (400, 404, 413, 415, 422, 501):
+        shown = {404: 400, 501: 400}.get(status, status)
         return Refusal(shown, f"The model refused the request: {message}", code=f"upstream_{status}")
     if status in (401, 403):
         return Refusal(
-            502, "The upstream refused edgeft's key.", kind="upstream_error", code=f"upstream_{status}"
-        )
-    return Refusal(502, "The model failed.", kind="upstream_error", code=f"upstream_{status}")
+            502, "The upstream refused edgeft's key.", kind="upstream_error", code=f"upstream_{status}", elsewhere=True
+        )  # fmt: skip
+    wait = seconds(retry_after) if status == 503 else None
+    return Refusal(
+        502, "The model failed.", kind="upstream_error", code=f"upstream_{status}", retry_after_s=wait, elsewhere=True
+    )  # fmt: skip
+
+
+def not_ready(candidate_id: str, state: str, retry_after_s: float = 2.0) -> Refusal:
+    """The candidate can't answer now; another one may."""
+    return Refusal(
+        503,
+        f"The model '{candidate_id}' is not ready ({state}).",
+        kind="server_error",
+        code=f"model_{state}",
+        retry_after_s=retry_after_s,
+        elsewhere=True,
+    )
+
+
+def at_limit(retry_after_s: float) -> Refusal:
+    """The upstream wants fewer requests."""
+    return Refusal(
+        429,
+        "The model is at its limit.",
+        kind="rate_limit_error",
+        code="upstream_429",
+        retry_after_s=retry_after_s,
+        elsewhere=True,
+    )
+
+
+def seconds(retry_after: str | None) -> float | None:
+    """A Retry-After header (RFC 9110: seconds, or a date) in seconds from now; None where there is none or it is nonsense."""
+    import time
+    from email.utils import parsedate_to_datetime
+
+    if not retry_after:
+        return None
+    if retry_after.strip().isdigit():
+        return float(min(int(retry_after), 86400))
+    try:
+        return min(max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()), 86400.0)
+    except (ValueError, TypeError):
+        return None
+
+
+async def _json(response: Any) -> Any:
+    parts: list[bytes] = []
+    size = 0
+    chunks: AsyncIterator[bytes] = response.content.iter_any()
+    async for part in chunks:
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise BrokenStream("the answer has no end")
+        parts.append(part)
+    try:
+        return orjson.loads(b"".join(parts))
+    except orjson.JSONDecodeError:
+        raise BrokenStream("the answer is not JSON") from None
 
 
 async def _message(response: Any) -> str:
     """The message in an error's body, at most 300 characters."""
-    import orjson
-
     try:
-        found = orjson.loads(await response.aread())["error"]
+        body = await response.content.read(65536)
+        found = orjson.loads(body)["error"]
         return str(found["message"] if isinstance(found, dict) else found)[:300]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return "no reason given"

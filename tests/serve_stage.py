@@ -26,10 +26,12 @@ import uvicorn
 
 from edgeft.engines.chat_server import Sampling, Token, listen
 from edgeft.router import LoadedPolicy, rule
+from edgeft.router.cache.exact import ExactCache
 from edgeft.router.features import DIMENSIONS, SPEC, vector
 from edgeft.serve.app import create_app
 from edgeft.serve.cache import AnswerCache
-from edgeft.serve.upstream import HttpUpstream
+from edgeft.serve.config import Cache, Config, Limits, Model
+from edgeft.serve.upstream import Features, HttpUpstream
 from edgeft.types import Policy
 
 KEY = "fake-key"
@@ -128,10 +130,32 @@ class Stage:
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
     engines = {name: Engine(name) for name in ("weak", "strong")}
-    upstreams: dict[str, Any] = {n: HttpUpstream(e.url, n, KEY, slots=1) for n, e in engines.items()}
-    app = create_app(policy_of(), upstreams, AnswerCache(tmp_path / "cache"), waiting=1)
+    upstreams = {n: upstream_of(e) for n, e in engines.items()}
+    app = create_app(
+        policy_of(), upstreams, cache_in(tmp_path / "cache"), config=config_of(limits=Limits(waiting=1))
+    )
     with running(app) as client:
         yield Stage(client, engines, app)
+
+
+def upstream_of(engine: Engine, **given: Any) -> Any:
+    """An engine as a local one is reached: one slot, always streamed, one answer a call."""
+    features = Features(n=False, tools=True)
+    return HttpUpstream(
+        engine.url, engine.name, KEY, **{"slots": 1, "always_stream": True, "features": features, **given}
+    )
+
+
+def cache_in(folder: Path, **settings: Any) -> AnswerCache:
+    """An answer cache on disk."""
+    return AnswerCache(ExactCache(folder), Cache(**settings))
+
+
+def config_of(**parts: Any) -> Config:
+    """A configuration whose policy is handed over, not read. Failures are not tried again unless said."""
+    return Config(
+        policy=Path("policy"), **{"models": {name: Model(retries=0) for name in ("weak", "strong")}, **parts}
+    )
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -170,10 +194,62 @@ def canned(status: int, body: bytes, headers: dict[str, str] | None = None) -> I
         server.server_close()
 
 
+Script = Callable[[str, dict[str, Any]], tuple[int, dict[str, str], bytes]]
+
+
+@contextmanager
+def scripted(script: Script) -> Iterator[str]:
+    """An upstream that answers what `script(path, body)` says: (status, headers, body)."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.say(*script(self.path, {}))
+
+        def do_POST(self) -> None:
+            self.say(*script(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def say(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def said(text: str, prompt_tokens: int = 3, output_tokens: int = 2) -> bytes:
+    """A chat completion in one piece."""
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return json.dumps({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage}).encode()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
 @contextmanager
 def before(url: str, cache: AnswerCache | None = None) -> Iterator[Stage]:
     """A proxy with one address behind both candidates."""
-    upstreams: dict[str, Any] = {name: HttpUpstream(url, name, None) for name in ("weak", "strong")}
-    app = create_app(policy_of(), upstreams, cache)
+    upstreams: dict[str, Any] = {
+        name: HttpUpstream(url, name, None, always_stream=True) for name in ("weak", "strong")
+    }
+    app = create_app(policy_of(), upstreams, cache, config=config_of())
     with running(app) as client:
         yield Stage(client, {}, app)

@@ -101,7 +101,7 @@ def test_openai_client(stage):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "pirate", "content": "x"}]}, "messages[0]"),
@@ -149,7 +149,7 @@ def test_only_listed_fields_go_upstream():
             }
         ).encode()
     )  # fmt: skip
-    assert set(request.fields) == {"messages", "temperature"} and request.repeatable
+    assert set(request.fields) == {"messages", "temperature", "n"}
 
 
 def test_the_engines_own_refusal_is_passed_on(stage):
@@ -291,7 +291,7 @@ def test_prompts_stand_in_no_log_and_no_metric(stage, caplog):
     stage.chat("x", model=SECRET)
     stage.client.post("/v1/chat/completions", content=f'{{"model": "{SECRET}'.encode())
     assert SECRET not in caplog.text and SECRET not in stage.client.get("/metrics").text
-    kept = Path(stage.app.state.proxy.cache.disk.directory)
+    kept = Path(stage.app.state.proxy.cache.store.disk.directory)
     assert not any(SECRET.encode() in path.read_bytes() for path in kept.rglob("*") if path.is_file())
 
 

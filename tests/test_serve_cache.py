@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +10,10 @@ pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
 pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 
 
-from edgeft.serve import sse
-from edgeft.serve.cache import AnswerCache, key_of
-from tests.serve_stage import events, text_of, until
+from edgeft.router import LoadedPolicy, Request
+from edgeft.serve.choose import Plan
+from edgeft.serve.protocol import CHAT, COMPLETION, Asked, Kind
+from tests.serve_stage import cache_in, events, policy_of, text_of
 from tests.serve_stage import stage as stage
 
 
@@ -64,42 +64,28 @@ def test_what_differs_or_is_sampled_is_not_a_hit(stage):
     assert stage.chat("tell me", temperature=1).headers["x-edgeft-cache"] == "off"
 
 
-def test_the_key_holds_the_artefact():
-    fields = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
-    keys = {
-        key_of("a", "1", fields),
-        key_of("a", "2", fields),
-        key_of("b", "1", fields),
-        key_of("a", "1", {**fields, "seed": 1}),
-    }
-    assert len(keys) == 4 and key_of("a", "1", dict(reversed(fields.items()))) in keys
+def test_the_key_holds_artefact_tenant_and_api(tmp_path):
+    cache = cache_in(tmp_path)
+    policy = policy_of()
+
+    def key(
+        policy: LoadedPolicy = policy, tenant: str | None = None, kind: Kind = CHAT, **fields: Any
+    ) -> str | None:
+        given = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, **fields}
+        plan = Plan(policy, ("weak",), tenant, 1, False, "", Request([]))
+        return cache.key(Asked(kind, "auto", given, False, False), plan)
+
+    other = policy_of()
+    other.policy.candidates[0]["artifact_sha256"] = "requantized"
+    keys = {key(), key(other), key(tenant="a"), key(tenant="b"), key(kind=COMPLETION), key(seed=1)}
+    assert len(keys) == 6 and None not in keys
+    assert key(temperature=1.0) is None and key(temperature=1.0, seed=3) is not None
+    assert cache_in(tmp_path / "2", sampled={"*/weak": True}).settings.allows({}, "t", "weak")
 
 
-def test_the_cache_keeps_whole_answers_only_forgets_in_time_and_never_unpickles(tmp_path):
-    import pickle
-    import sqlite3
-
-    kept = sse.Answer({"role": "assistant", "content": "é 日本"}, "stop", None, {"total_tokens": 3})
-    cache = AnswerCache(tmp_path / "a", ttl_s=0.2)
-    cache.put("k", kept)
-    cache.put("tools", replace(kept, finish_reason="tool_calls"))
-    cache.put("cut", replace(kept, finish_reason=None))
-    assert cache.get("k") == kept and cache.get("tools") is None and cache.get("cut") is None
-    until(lambda: cache.get("k") is None, 2)
-    assert oct((tmp_path / "a").stat().st_mode & 0o777) == "0o700"
-
-    mark = tmp_path / "unpickled"
-    evil = AnswerCache(tmp_path / "b")
-    evil.put("k", kept)
-    evil.close()
-
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (mark,))
-
-    with sqlite3.connect(tmp_path / "b" / "cache.db") as database:
-        database.execute(
-            "UPDATE Cache SET mode = 4, value = ?, filename = NULL", (sqlite3.Binary(pickle.dumps(Bomb())),)
+def test_cut_answers_are_not_kept(stage):
+    for _ in range(2):
+        cut = stage.chat("one two three", temperature=0, max_tokens=2)
+        assert (
+            cut.headers["x-edgeft-cache"] == "miss" and cut.json()["choices"][0]["finish_reason"] == "length"
         )
-    assert AnswerCache(tmp_path / "b").get("k") is None
-    assert not mark.exists()

@@ -13,11 +13,11 @@ pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
 pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 
 
-from edgeft.serve import sse
+from edgeft.serve import answer as sse
 from edgeft.serve.app import create_app
-from edgeft.serve.cache import AnswerCache
+from edgeft.serve.protocol import CHAT
 from edgeft.serve.upstream import LitellmUpstream
-from tests.serve_stage import SECRET, Stage, before, canned, events, policy_of, running
+from tests.serve_stage import SECRET, Stage, before, cache_in, canned, events, policy_of, running
 
 STREAMS = {
     "no JSON": (b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: {nonsense\n\n', "not JSON"),
@@ -33,7 +33,7 @@ STREAMS = {
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_broken_stream_is_never_passed_off_as_an_answer(name, tmp_path):
     body, why = STREAMS[name]
-    with canned(200, body) as url, before(url, AnswerCache(tmp_path)) as stage:
+    with canned(200, body) as url, before(url, cache_in(tmp_path)) as stage:
         whole = stage.chat("x", temperature=0)
         assert whole.status_code == 502 and why in whole.json()["error"]["message"]
         streamed = stage.chat("x", temperature=0, stream=True)
@@ -46,11 +46,11 @@ def test_a_broken_stream_is_never_passed_off_as_an_answer(name, tmp_path):
 )
 def test_upstream_errors(status, shown):
     body = json.dumps({"error": {"message": "because"}}).encode()
-    with canned(status, body, {"Retry-After": "7"}) as url, before(url) as stage:
-        for stream in (False, True):
+    for stream in (False, True):
+        with canned(status, body, {"Retry-After": "7"}) as url, before(url) as stage:
             response = stage.chat("x", stream=stream)
             assert response.status_code == shown and response.json()["error"]["code"] != "because"
-        assert response.headers.get("retry-after") == ("7" if status == 429 else None)
+        assert response.headers.get("retry-after") == ("7" if status in (429, 503) else None)
 
 
 def test_a_dead_upstream_is_502():
@@ -89,9 +89,9 @@ def test_tool_calls_are_gathered_and_streamed_as_they_are():
         ]
         streamed = events(stage.chat("x", stream=True))
         assert [c["choices"][0]["delta"]["tool_calls"][0] for c in streamed[:-1]] == calls
-        replayed = sse.Answer(message, "tool_calls")
+        replayed = sse.Answer([sse.Choice(message, finish_reason="tool_calls")])
         again = sse.Answer()
-        for part in sse.replay(sse.Head("i", "m"), replayed, False):
+        for part in sse.replay(sse.Head(CHAT, "i", "m"), replayed, False):
             if part != sse.DONE:
                 again.add(json.loads(part.removeprefix(b"data: ")))
         assert again == replayed

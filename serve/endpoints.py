@@ -1,0 +1,192 @@
+"""The paths that generate: each turns a body into a checked request, and the answer into its own form of reply."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+from edgeft.serve import answer as forms
+from edgeft.serve import counting
+from edgeft.serve.admission import Busy
+from edgeft.serve.answer import Answer, BrokenStream, Chunk, Head
+from edgeft.serve.choose import Plan, choose, conversation_hash
+from edgeft.serve.generate import ROUTE, shared
+from edgeft.serve.http import ClientLeft, Receive, Reply, Scope, Send, bearer, read_body, while_connected
+from edgeft.serve.protocol import CHAT, Asked, Kind, Refusal, parse
+from edgeft.serve.proxy import Proxy
+
+log = logging.getLogger("edgeft.serve")
+Handler = Callable[[Proxy, bytes, Reply], Awaitable[None]]
+
+
+class Endpoint:
+    """POST of one path, as raw ASGI: key, body, work that a leaving client stops, errors, counting."""
+
+    def __init__(self, proxy: Proxy, handle: Handler) -> None:
+        self.proxy, self.handle = proxy, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply, proxy = Reply(send), self.proxy
+        if proxy.live:
+            proxy.live.begin(reply.request_id, False, None)
+        try:
+            try:
+                reply.tenant = tenant_of(proxy, scope)
+                body = await read_body(scope, receive, proxy.config.limits.body_bytes)
+            except ClientLeft:
+                reply.left = True
+                return
+            except Refusal as refusal:
+                await reply.refuse(refusal)
+                return
+            await while_connected(receive, reply, guarded(proxy, self.handle, body, reply))
+        finally:
+            counting.finished(proxy, reply)
+
+
+def tenant_of(proxy: Proxy, scope: Scope) -> str | None:
+    """The tenant of the request's key; None where nobody needs one. Raises Refusal (401)."""
+    if proxy.keys is None:
+        return None
+    presented = bearer(scope)
+    key = proxy.keys.tenant_of(presented) if presented else None
+    if key is not None:
+        return str(key.tenant)
+    if proxy.config.keys.required:
+        said = "The API key is not known." if presented else "An API key is needed: Authorization: Bearer …"
+        raise Refusal(401, said, kind="authentication_error", code="invalid_api_key")
+    return None  # clients send some key to everybody
+
+
+async def guarded(proxy: Proxy, handle: Handler, body: bytes, reply: Reply) -> None:
+    """Answer, with every failure told in OpenAI's form."""
+    try:
+        await handle(proxy, body, reply)
+    except Refusal as refusal:
+        await reply.refuse(refusal)
+    except Busy as busy:
+        wait = busy.retry_after_s
+        said = (
+            f"Too many requests wait for '{reply.route}'."
+            if busy.why == "queue_full"
+            else f"'{reply.route}' would not begin to answer in the time that is promised."
+        )
+        await reply.refuse(
+            Refusal(
+                429,
+                f"{said} Try again in {wait} s.",
+                kind="rate_limit_error",
+                code=busy.why,
+                retry_after_s=wait,
+            )
+        )
+    except BrokenStream as error:
+        log.warning("%s: the answer of %s broke off: %s", reply.request_id, reply.route, error)
+        await reply.refuse(
+            Refusal(
+                502, f"The model's answer broke off: {error}.", kind="upstream_error", code="broken_stream"
+            )
+        )
+    except Exception as error:
+        log.error("%s: %s", reply.request_id, type(error).__name__)  # its message may quote the request
+        log.debug("%s", reply.request_id, exc_info=True)
+        await reply.refuse(
+            Refusal(500, f"A fault of edgeft's ({type(error).__name__}).", kind="server_error", code="fault")
+        )
+
+
+def generating(kind: Kind) -> Handler:
+    """The handler of /v1/chat/completions or /v1/completions."""
+
+    async def handle(proxy: Proxy, body: bytes, reply: Reply) -> None:
+        asked = parse(body, kind)
+        head = Head(kind, kind.id_prefix + reply.request_id, "")
+        if asked.stream:
+            await stream(proxy, asked, reply, head)
+        else:
+            answer = await whole(proxy, asked, reply)
+            head.model = reply.route
+            await reply.json(200, forms.completion(head, answer))
+
+    return handle
+
+
+async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chunk]:
+    """The answer's chunks from cache or candidates; routes, sets the reply's headers, gathers the answer in `reply.answer`."""
+    plan = choose(proxy, asked, reply.tenant)
+    plan.told["started_s"] = reply.started_s
+    reply.plan, reply.route = plan, plan.order[0]
+    reply.answer = answer = Answer()
+    key = proxy.cache.key(asked, plan) if proxy.cache else None
+    if key and proxy.cache:
+        kept = await proxy.cache.get(key)
+        reply.cache = "hit" if kept else "miss"
+        proxy.metrics.cache_lookup(reply.cache)
+        if kept:
+            reply.answer, plan.route = kept
+            told(proxy, reply, plan)
+            yield {ROUTE: plan.route}
+            return
+    if proxy.live:
+        proxy.live.routed(
+            reply.request_id, plan.order[0], not plan.policy.candidates[plan.order[0]].get("remote", True)
+        )
+    async with aclosing(shared(proxy, key, plan, asked)) as source:  # type: ignore[type-var]
+        try:
+            async for chunk in source:
+                if ROUTE in chunk:
+                    plan.route = chunk[ROUTE]
+                    plan.told |= chunk.get("told", {})
+                    told(proxy, reply, plan)
+                    reply.ttft_s = reply.elapsed_s()
+                    if proxy.live:
+                        proxy.live.first(reply.request_id)
+                else:
+                    answer.add(chunk)
+                yield chunk
+        except (Refusal, Busy, BrokenStream):
+            told(proxy, reply, plan)
+            raise
+    if not answer.whole:
+        raise BrokenStream("it ended without a finish reason")
+    if asked.kind is CHAT and plan.decision is not None and plan.policy.policy.rule.get("sticky", True):
+        said = [*asked.messages, answer.choices[0].message]
+        proxy.remember(conversation_hash(reply.tenant, said), plan.route)
+
+
+def told(proxy: Proxy, reply: Reply, plan: Plan) -> None:
+    """The headers, now that it is known who answers."""
+    reply.route = plan.route or plan.order[0]
+    reply.headers |= plan.headers()
+    reply.headers["x-edgeft-cache"] = reply.cache
+
+
+async def whole(proxy: Proxy, asked: Asked, reply: Reply) -> Answer:
+    """The answer in one piece."""
+    async with aclosing(chunks(proxy, asked, reply)) as source:  # type: ignore[type-var]
+        async for _ in source:
+            pass
+    if reply.plan.told.get("cost_usd") is not None:
+        reply.headers["x-edgeft-cost-usd"] = f"{reply.plan.told['cost_usd']:.8f}"
+    if reply.cache == "hit":
+        reply.headers["x-edgeft-cost-usd"] = "0"
+    answer: Answer = reply.answer
+    return answer
+
+
+async def stream(proxy: Proxy, asked: Asked, reply: Reply, head: Head) -> None:
+    """The answer as events."""
+    async with aclosing(chunks(proxy, asked, reply)) as source:  # type: ignore[type-var]
+        async for chunk in source:
+            if ROUTE in chunk:
+                head.model = chunk[ROUTE]
+                if reply.cache == "hit":
+                    await reply.events(
+                        b"".join(forms.replay(head, reply.answer, asked.include_usage)), more=False
+                    )
+            elif data := forms.forward(head, chunk):
+                await reply.events(data)
+    if not reply.done:
+        last = forms.usage_event(head, reply.answer) if asked.include_usage else b""
+        await reply.events(last + forms.DONE, more=False)

@@ -1,0 +1,166 @@
+"""One request and its reply over raw ASGI: the body with its limit, headers, events, errors in OpenAI's form, a client that leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from edgeft.serve.answer import event
+from edgeft.serve.protocol import Refusal
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+DISCARDED_BYTES = 16 << 20  # read on and thrown away after a body that is too large
+CLIENT_LEFT = 499
+
+
+class ClientLeft(Exception):
+    """The client went away before its request was whole."""
+
+
+class Reply:
+    """The response of one request as it is sent, and what is counted of it."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.request_id = uuid.uuid4().hex
+        self.started_s = time.monotonic()
+        self.headers = {"x-edgeft-request-id": self.request_id}
+        self.route = "none"
+        self.status = 0  # until the response has begun
+        self.left = False  # the client went away
+        self.done = False  # the last byte was sent
+        # what a line of the log says
+        self.tenant: str | None = None
+        self.plan: Any = None
+        self.answer: Any = None
+        self.cache = "off"
+        self.ttft_s: float | None = None
+        self.cost_usd: float | None = None
+        self.code: str | None = None
+
+    def elapsed_s(self) -> float:
+        """Since the request began to arrive."""
+        return time.monotonic() - self.started_s
+
+    async def begin(self, status: int, content_type: bytes, length: int | None = None) -> None:
+        """Send status and headers."""
+        self.status = status
+        raw = [(b"content-type", content_type)]
+        if length is not None:
+            raw.append((b"content-length", b"%d" % length))
+        raw += [(name.encode(), header(value)) for name, value in self.headers.items()]
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def part(self, data: bytes, more: bool = True) -> None:
+        """Send a part of the body."""
+        self.done = not more
+        await self.send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def events(self, data: bytes, more: bool = True) -> None:
+        """Send events, the status first where it has not been sent."""
+        if not self.status:
+            self.headers["cache-control"] = "no-cache"
+            await self.begin(200, b"text/event-stream; charset=utf-8")
+        await self.part(data, more)
+
+    async def json(self, status: int, value: Any) -> None:
+        """Send a whole JSON response."""
+        data = orjson.dumps(value)
+        await self.begin(status, b"application/json", len(data))
+        await self.part(data, more=False)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Send an error: as a response, or as the last event of a stream that has begun."""
+        self.code = refusal.code or str(refusal.status)
+        if self.status:
+            await self.part(event(refusal.body), more=False)
+            self.status = refusal.status  # for the metrics: the client has seen 200
+            return
+        if refusal.retry_after_s:
+            self.headers["retry-after"] = str(max(1, round(refusal.retry_after_s + 0.499)))
+        if refusal.status == 413:
+            self.headers["connection"] = "close"  # the rest of the body stays unread
+        if refusal.status == 401:
+            self.headers["www-authenticate"] = "Bearer"
+        await self.json(refusal.status, refusal.body)
+
+
+async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
+    """The request's body. Raises Refusal (413) over `most` bytes, ClientLeft where it never ends."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body") and len(body) <= most:
+        return body
+    too_large = _declared(scope) > most
+    parts, size = [body], len(body)
+    while True:
+        if too_large := too_large or size > most:
+            # Closing with bytes unread resets the connection, and the client would never see the 413:
+            # read on for a while and keep nothing.
+            parts.clear()
+        if too_large and (not message.get("more_body") or size > DISCARDED_BYTES):
+            raise Refusal(413, f"The body is over {most} bytes.", code="body_too_large")
+        if not message.get("more_body"):
+            return b"".join(parts)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part = message.get("body", b"")
+        size += len(part)
+        parts.append(part)
+
+
+def _declared(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
+
+
+async def while_connected(receive: Receive, reply: Reply, work: Awaitable[None]) -> None:
+    """Await the work; a client that leaves meanwhile cancels it, and `reply.left` then says so."""
+    task = asyncio.current_task()
+    assert task is not None
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not reply.done:
+            reply.left = True
+            task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not reply.left:
+            raise
+        task.uncancel()
+    finally:
+        watcher.cancel()
+
+
+def bearer(scope: Scope) -> str | None:
+    """The key in the Authorization header, or None."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            word, _, key = value.partition(b" ")
+            return key.strip().decode("latin-1") if word.lower() == b"bearer" else None
+    return None
+
+
+def header(value: str) -> bytes:
+    """A header's value: printable ASCII."""
+    if value.isascii() and value.isprintable():
+        return value.encode()
+    return "".join(c if " " <= c <= "~" else "?" for c in value).encode()

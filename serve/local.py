@@ -1,0 +1,86 @@
+"""A local model behind the pool of processes: loaded when it is asked, spoken to over its loopback port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from edgeft.serve.pool import LocalSpec, NotReady, Pool
+
+from edgeft.serve.answer import Chunk
+from edgeft.serve.protocol import Kind
+from edgeft.serve.upstream import NOTHING, Features, HttpUpstream, not_ready
+
+
+class LocalUpstream:
+    """One model of the pool. `generation` counts its processes: what lay in the slots of the last one is gone."""
+
+    def __init__(self, pool: Pool, spec: LocalSpec, load_wait_s: float) -> None:
+        self.pool, self.spec, self.load_wait_s = pool, spec, load_wait_s
+        self.slots, self.context_tokens = spec.slots, spec.context
+        self.features = Features(n=False, adapters=tuple(spec.adapters), **guess(spec.engine))
+        self.generation = 0
+        self._model: Any = None
+        self._http: HttpUpstream | None = None
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[None]:
+        try:
+            async with self.pool.lease(self.spec.id, wait_s=self.load_wait_s) as model:
+                if model is not self._model:
+                    await self._meet(model)
+                yield
+        except NotReady as error:
+            raise not_ready(self.spec.id, error.state, error.retry_after_s) from None
+
+    async def _meet(self, model: Any) -> None:
+        """Another process than last time."""
+        before, self._model = self._http, model
+        self.generation += 1
+        can = model.features
+        self.features = Features(
+            completions=can.get("completions", False), embeddings=can.get("embeddings", False), tools=can.get("tools", False),
+            json_schema=can.get("json_schema", False), logprobs=can.get("logprobs", False), n=False,
+            adapters=tuple(can.get("adapters", ())), id_slot=can.get("id_slot", False),
+        )  # fmt: skip
+        self._http = HttpUpstream(
+            model.url, self.spec.id, model.key, slots=self.slots, always_stream=True, trust_env=False
+        )
+        if before is not None:
+            await before.aclose()
+
+    async def stream(
+        self, kind: Kind, fields: Mapping[str, Any], stream: bool = True, extra: Mapping[str, Any] = NOTHING
+    ) -> AsyncGenerator[Chunk]:
+        assert self._http is not None, "hold() first"
+        async with aclosing(self._http.stream(kind, fields, True, extra)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._http is not None, "hold() first"
+        return await self._http.embeddings(fields)
+
+    def state(self) -> str:
+        return self.pool.state(self.spec.id)
+
+    def describe(self) -> dict[str, Any]:
+        """The process, for the page."""
+        return self.pool.describe(self.spec.id)
+
+    async def aclose(self) -> None:
+        if self._http is not None:
+            await self._http.aclose()
+
+
+def guess(engine: str) -> dict[str, bool]:
+    """What an engine can do, before its process has said so."""
+    llama = engine == "gguf"
+    return {
+        "embeddings": engine == "transformers",
+        "tools": llama,
+        "json_schema": llama,
+        "logprobs": engine != "onnx",
+        "id_slot": llama,
+    }

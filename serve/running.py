@@ -1,0 +1,182 @@
+"""The parts of a run put together, and put together anew on SIGHUP: policy, processes, upstreams, cache, keys, log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from edgeft.serve.pool import Pool
+
+from edgeft import console
+from edgeft.router import load_policy
+from edgeft.serve.candidates import check, remote, spec_of
+from edgeft.serve.config import Config
+from edgeft.serve.local import LocalUpstream
+from edgeft.serve.proxy import Proxy
+from edgeft.serve.upstream import HttpUpstream, Upstream
+
+LOOK_EVERY_S = 5.0
+log = logging.getLogger("edgeft.serve")
+
+
+class Running:
+    """One run of the proxy. `proxy` is what requests see; a reload changes its fields between two requests."""
+
+    def __init__(self, config: Config) -> None:
+        """Check policy and artefacts. Raises UsageError."""
+        self.config = config
+        self.policy, self.candidates = checked(config)
+        self.pool: Any = None
+        self.proxy: Any = None
+
+    def start(self) -> Any:
+        """The application. Opens cache, keys and log; loads nothing yet."""
+        from edgeft.serve.live import Live
+
+        from edgeft.serve.app import App
+        from edgeft.serve.run import open_cache, open_keys
+
+        specs = [spec_of(c, self.config) for c in self.candidates if c["kind"] != "api"]
+        engines = self.config.engines
+        self.pool = Pool(specs, memory_bytes=engines.memory_bytes, idle_s=engines.idle_s)
+        self.proxy = Proxy(
+            self.policy,
+            {},
+            self.config,
+            open_cache(self.config),
+            keys=open_keys(self.config),
+            live=Live(),
+            log=open_log(self.config),
+        )
+        self.proxy.watch = watch_of(self.policy)
+        return App(self.proxy)
+
+    async def load(self) -> list[str]:
+        """Connect and load, cheapest first; each candidate is served from the moment it is ready. Raises what a model raised."""
+        for candidate in self.candidates:
+            upstream = self.upstream(candidate)
+            if isinstance(upstream, LocalUpstream) and self.preloaded(candidate["id"]):
+                with console.step(f"loading {candidate['id']}"):
+                    await self.pool.preload([candidate["id"]])
+            self.proxy.upstreams[candidate["id"]] = upstream
+        return list(self.proxy.upstreams)
+
+    def preloaded(self, candidate_id: str) -> bool:
+        """Whether a model is loaded when the proxy starts."""
+        own = self.config.model(candidate_id).preload
+        return self.config.engines.preload if own is None else own
+
+    def upstream(self, candidate: dict[str, Any]) -> Upstream:
+        """What answers for a candidate."""
+        if candidate["kind"] == "api":
+            return remote(candidate, self.config)
+        return LocalUpstream(self.pool, self.pool.specs[candidate["id"]], self.config.engines.load_wait_s)
+
+    async def reload(self, config: Config) -> None:
+        """Take over a policy and settings. Requests that run keep what they began with. Raises EdgeftError, and nothing has changed.
+
+        Listening, keys' database, cache and log stay as they were opened; models that did not change keep their process.
+        """
+        policy, candidates = await asyncio.to_thread(checked, config)
+        specs = {c["id"]: spec_of(c, config) for c in candidates if c["kind"] != "api"}
+        fresh: dict[str, Upstream] = {}
+        before = self.proxy.upstreams
+        kept = {
+            c["id"]
+            for c in candidates
+            if c["id"] in before
+            and (
+                self.pool.specs.get(c["id"]) == specs[c["id"]]
+                if c["id"] in specs
+                else self.config.model(c["id"]) == config.model(c["id"])
+            )
+        }
+        for candidate in candidates:
+            if candidate["kind"] == "api" and candidate["id"] not in kept:
+                fresh[candidate["id"]] = remote(candidate, config)
+        self.config = config
+        for name, spec in specs.items():
+            if name not in kept:
+                await self.pool.replace(spec)
+                fresh[name] = LocalUpstream(self.pool, spec, config.engines.load_wait_s)
+                if self.preloaded(name):
+                    await self.pool.preload([name])
+        gone = {name: u for name, u in before.items() if name not in kept}
+        self.policy, self.candidates = policy, candidates
+        self.proxy.upstreams = {
+            c["id"]: before[c["id"]] if c["id"] in kept else fresh[c["id"]] for c in candidates
+        }
+        self.proxy.policy, self.proxy.config, self.proxy.watch = policy, config, watch_of(policy)
+        for name in gone:
+            self.proxy.admissions.pop(name, None)
+            self.proxy.breakers.pop(name, None)
+            self.proxy.slots.pop(name, None)
+        for name in set(self.pool.specs) - set(specs):
+            await self.pool.remove(name)
+        asyncio.get_running_loop().call_later(
+            60, lambda: [asyncio.ensure_future(u.aclose()) for u in gone.values()]
+        )
+
+    async def look_after(self) -> None:
+        """Ask those that failed whether they are back."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for name, upstream in list(self.proxy.upstreams.items()):
+                breaker = self.proxy.breakers.get(name)
+                if (
+                    breaker
+                    and breaker.failures
+                    and isinstance(upstream, HttpUpstream)
+                    and breaker.open_for_s()
+                ):
+                    try:
+                        if await upstream.healthy():
+                            breaker.half()
+                    except Exception as error:
+                        log.debug("health of %s: %s", name, type(error).__name__)
+
+    async def aclose(self) -> None:
+        """End the models."""
+        if self.proxy:
+            for upstream in self.proxy.upstreams.values():
+                await upstream.aclose()
+        if self.pool:
+            await self.pool.aclose()
+
+
+def checked(config: Config) -> tuple[Any, list[dict[str, Any]]]:
+    """(policy, candidates as they lie here). Raises UsageError where one is missing or is not what was measured."""
+
+    policy = load_policy(config.policy)
+    for name in config.models:
+        if name not in policy.candidates:
+            from edgeft.errors import unknown
+
+            raise unknown(
+                "the model", name, policy.candidates, "models: in edgeft.yaml are the policy's candidates"
+            )
+    candidates = []
+    for candidate in policy.candidates.values():
+        own = config.model(candidate["id"]).path
+        given = {**candidate, "path": str(own)} if own else candidate
+        candidates.append(check(given, None if own else config.artifacts))
+    return policy, candidates
+
+
+def open_log(config: Config) -> Any:
+    """Where requests are written down, or None."""
+    if not config.logs.requests:
+        return None
+    from edgeft.serve.logs import RequestLog
+
+    return RequestLog(config.logs.requests)
+
+
+def watch_of(policy: Any) -> Any:
+    """Drift and budget of a policy, or None where it has neither."""
+    try:
+        from edgeft.router.watching import Watch
+    except ImportError:
+        return None
+    return Watch(policy)
