@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=50)
     parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--promised-ttft-s", type=float, default=10.0, help="what the proxy is configured to promise")
+    parser.add_argument(
+        "--promised-ttft-s", type=float, default=10.0, help="what the proxy is configured to promise"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         scratch = Path(name)
@@ -64,8 +66,12 @@ def main() -> None:
         candidates = [f"openai:{engine.url}#{name}" for name in (engine.model, "other")]
         proxy = stack.enter_context(
             edgeft(
-                candidates, scratch, model=candidates[0], upstream_key=engine.key,
-                slots=options.slots, promised_ttft_s=options.promised_ttft_s,
+                candidates,
+                scratch,
+                model=candidates[0],
+                upstream_key=engine.key,
+                slots=options.slots,
+                promised_ttft_s=options.promised_ttft_s,
             )
         )
         runs = {}
@@ -91,7 +97,9 @@ async def user(server: Server, index: int, ends: float, promised_s: float, found
     chance, pool = random.Random(index), Pool(server.url, server.key)
     await asyncio.sleep(chance.random())
     while time.monotonic() < ends:
-        (body,) = stage.bodies(1, server.model, tokens=chance.randint(40, 200), max_tokens=TOKENS, stream=True)
+        (body,) = stage.bodies(
+            1, server.model, tokens=chance.randint(40, 200), max_tokens=TOKENS, stream=True
+        )
         body["messages"][0]["content"] += f" {index} {chance.random()}"
         one = await ask(pool, orjson.dumps(body), promised_s)
         found.append(one)
@@ -122,12 +130,27 @@ async def ask(pool: Pool, body: bytes, promised_s: float) -> Asked:
 
 def report(runs: dict[str, list[Asked]], options: argparse.Namespace) -> None:
     """Shares and percentiles."""
-    table = [["", "accepted", "429", "other", "within promise", "TTFT p50 s", "TTFT p95 s", "429 p50 ms", "429 max ms", "429 in 50 ms"]]
+    table = [
+        [
+            "",
+            "accepted",
+            "429",
+            "other",
+            "within promise",
+            "TTFT p50 s",
+            "TTFT p95 s",
+            "429 p50 ms",
+            "429 max ms",
+            "429 in 50 ms",
+        ]
+    ]
     found: dict[str, Any] = {
         "users": options.users,
         "slots": options.slots,
         "minutes": options.minutes,
-        "engine": options.gguf.name if options.gguf else f"simulated, {TOKENS} tokens of {1e3 * TOKEN_S:.0f} ms",
+        "engine": options.gguf.name
+        if options.gguf
+        else f"simulated, {TOKENS} tokens of {1e3 * TOKEN_S:.0f} ms",
         "promised_ttft_s": options.promised_ttft_s,
     }
     for name, asked in runs.items():
@@ -145,9 +168,7 @@ def report(runs: dict[str, list[Asked]], options: argparse.Namespace) -> None:
             "told_max_ms": max(refused_ms, default=float("nan")),
             "told_in_50_ms": sum(ms <= TOLD_MS for ms in refused_ms) / max(1, len(refused_ms)),
         }
-        found[name] = {
-            key: None if value != value else round(value, 4) for key, value in figures.items()
-        }
+        found[name] = {key: None if value != value else round(value, 4) for key, value in figures.items()}
         table.append([name, *(str(v) if isinstance(v, int) else f"{v:.3f}" for v in figures.values())])
     found["ttft_p95_ratio"] = round(found["edgeft"]["ttft_p95_s"] / found["engine alone"]["ttft_p95_s"], 3)
     stage.show(table, found)

@@ -39,8 +39,25 @@ def main() -> None:
     parser.add_argument("--litellm-python", type=Path, help="an interpreter that has litellm[proxy]")
     parser.add_argument("--no-litellm", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = {"minutes": options.minutes, "rate": options.rate, "upstream": "stand-in, instant"}
-    table = [["", "requests", "failed", "RSS at start MiB", "median MiB", "most MiB", "slope KiB/min", "95 % interval", "of it not shared", "95 % interval"]]
+    found: dict[str, Any] = {
+        "minutes": options.minutes,
+        "rate": options.rate,
+        "upstream": "stand-in, instant",
+    }
+    table = [
+        [
+            "",
+            "requests",
+            "failed",
+            "RSS at start MiB",
+            "median MiB",
+            "most MiB",
+            "slope KiB/min",
+            "95 % interval",
+            "of it not shared",
+            "95 % interval",
+        ]
+    ]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         with ExitStack() as stack:
@@ -55,7 +72,9 @@ def main() -> None:
                 proxy = stack.enter_context(rivals.litellm(upstream.url, python, scratch))
                 short = min(options.minutes, 2.0)
                 found["litellm"] = asyncio.run(watch(proxy, options.rate / 10, short))
-            found["rss_ratio"] = round(found["edgeft"]["rss_median_mib"] / found["litellm"]["rss_median_mib"], 3)
+            found["rss_ratio"] = round(
+                found["edgeft"]["rss_median_mib"] / found["litellm"]["rss_median_mib"], 3
+            )
     for label in ("edgeft", "litellm"):
         if label in found:
             table.append([label, *(str(value) for value in found[label].values())])

@@ -61,7 +61,9 @@ def measure(
     }
     for name, server in servers.items():
         stage.answers(server, asked[name][0])
-        stage.wrk(server, asked[name], 4, max(2, seconds / 2), scratch)  # warm: caches filled, connections made
+        stage.wrk(
+            server, asked[name], 4, max(2, seconds / 2), scratch
+        )  # warm: caches filled, connections made
     names = list(servers)
     runs: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -92,8 +94,23 @@ def report(runs: dict[str, list[dict[str, dict[str, float]]]], options: dict[str
             lambda i: runs["edgeft"][i]["c16"]["requests_per_s"] / runs[other][i]["c16"]["requests_per_s"]
         )
 
-    table = [["", "requests/s at 16", "p50 ms at 16", "p99 ms at 16", "p50 ms at 1", "p99 ms at 1", "added p50", "added p99"]]
-    found: dict[str, Any] = {"rounds": options["rounds"], "seconds": options["seconds"], "upstream": "stand-in, instant"}
+    table = [
+        [
+            "",
+            "requests/s at 16",
+            "p50 ms at 16",
+            "p99 ms at 16",
+            "p50 ms at 1",
+            "p99 ms at 1",
+            "added p50",
+            "added p99",
+        ]
+    ]
+    found: dict[str, Any] = {
+        "rounds": options["rounds"],
+        "seconds": options["seconds"],
+        "upstream": "stand-in, instant",
+    }
     for name in runs:
         figures = {
             "requests_per_s_c16": of(name, "c16", "requests_per_s"),

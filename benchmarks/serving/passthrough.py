@@ -59,7 +59,5 @@ async def main(upstream: str) -> None:
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(
-        loop_factory=uvicorn.Config(app, loop="uvloop").get_loop_factory()
-    ) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config(app, loop="uvloop").get_loop_factory()) as runner:
         runner.run(main(sys.argv[1]))

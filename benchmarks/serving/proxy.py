@@ -1,4 +1,4 @@
-"""The edgeft that is measured. The one place that knows its command line."""
+"""The edgeft that is measured. The one place that knows its command line and its configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,42 @@ def edgeft(
     subprocess.run(fit, check=True, env=environment(**own), stdout=subprocess.DEVNULL)
     if gguf:
         make_local(place / "policy" / "policy.json", candidates[0], gguf)
-    command = [*EDGEFT, "serve", "--policy", str(place / "policy"), "--port", "0", "--json"]
-    command += ["--cache", str(place / "answers")] if cache else ["--no-cache"]
-    command += ["--threads", str(threads)] if threads else []
-    if slots or promised_ttft_s:
-        print("note: this edgeft takes no slots and promises no TTFT", file=sys.stderr, flush=True)
-    with process(command, place / "log", environment(**own)) as child:
+    key = new_key(own) if find_spec("edgeft.cli.keys") else None
+    first = {"slots": slots, "ttft_s": promised_ttft_s, "threads": threads}
+    settings = {
+        "policy": "policy",
+        "listen": {"port": 0},
+        "keys": {"required": key is not None},
+        "cache": {"enabled": cache, "folder": "answers"},
+        "models": {candidates[0]: {k: v for k, v in first.items() if v is not None}},
+    }
+    config = place / "edgeft.yaml"
+    config.write_text(json.dumps(settings))  # JSON is YAML
+    with process(
+        [*EDGEFT, "serve", "--config", str(config), "--json"], place / "log", environment(**own)
+    ) as child:
         url = first_line(child, place / "log")["url"]
-        yield Server(url, model=model, pid=child.pid)
+        yield Server(url, key, model=model, pid=child.pid)
+
+
+def new_key(own: dict[str, str]) -> str:
+    """A client's key, in the database of this run's home."""
+    command = [*EDGEFT, "keys", "create", "bench", "--json"]
+    made = subprocess.run(command, check=True, env=environment(**own), stdout=subprocess.PIPE, text=True)
+    return json.loads(made.stdout)["key"]
 
 
 def make_local(policy: Path, name: str, gguf: Path) -> None:
     """Put a GGUF file in a candidate's place: a table names nothing that could be served."""
     value = json.loads(policy.read_text())
     digest = sha256_json({gguf.name: sha256_file(gguf)})
-    local = {"kind": "folder", "engine": "gguf", "path": str(gguf), "artifact_sha256": digest, "remote": False}
+    local = {
+        "kind": "folder",
+        "engine": "gguf",
+        "path": str(gguf),
+        "artifact_sha256": digest,
+        "remote": False,
+    }
     value["candidates"] = [{**c, **local} if c["id"] == name else c for c in value["candidates"]]
     policy.write_text(json.dumps(value))
 

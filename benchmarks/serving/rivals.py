@@ -77,7 +77,16 @@ def llama_cpp_server(gguf: Path, python: Path, threads: int, context: int, scrat
     """`python -m llama_cpp.server`, as it comes: one request at a time behind a lock."""
     port, log = free_port(), scratch / "llama_cpp_server.log"
     command = [str(python), "-m", "llama_cpp.server", "--model", str(gguf), "--host", "127.0.0.1"]
-    own = ["--port", str(port), "--n_threads", str(threads), "--n_ctx", str(context), "--interrupt_requests", "False"]
+    own = [
+        "--port",
+        str(port),
+        "--n_threads",
+        str(threads),
+        "--n_ctx",
+        str(context),
+        "--interrupt_requests",
+        "False",
+    ]
     with process([*command, *own], log, environment(PYTHONPATH="")) as child:
         drain(child, log)
         wait_until(f"http://127.0.0.1:{port}/v1/models", log, child)

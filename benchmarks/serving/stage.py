@@ -39,7 +39,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def process(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def process(
+    command: Sequence[str], log: Path, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A child whose standard error goes to `log`, ended at the end of the block."""
     with log.open("a") as out:
         child = subprocess.Popen(
@@ -80,7 +82,13 @@ def engine(gguf: Path, scratch: Path, threads: int, slots: int, context: int) ->
 
     wanted = {"parallel": slots, "run_profile": False}
     with LocalModel(
-        gguf, "gguf", log=scratch / "engine.log", threads=threads, context=slots * context, name="small", options=wanted
+        gguf,
+        "gguf",
+        log=scratch / "engine.log",
+        threads=threads,
+        context=slots * context,
+        name="small",
+        options=wanted,
     ) as model:
         yield Server(model.url, model.key, "small", model.pid)
 
@@ -99,7 +107,9 @@ def bodies(count: int, model: str, tokens: int = 200, **fields: Any) -> list[dic
     return [
         {
             "model": model,
-            "messages": [{"role": "user", "content": f"{i} " + " ".join(chance.choices(WORDS, k=tokens - 2))}],
+            "messages": [
+                {"role": "user", "content": f"{i} " + " ".join(chance.choices(WORDS, k=tokens - 2))}
+            ],
             **fields,
         }
         for i in range(count)
@@ -138,14 +148,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wrk(server: Server, requests: list[dict[str, Any]], connections: int, seconds: float, scratch: Path) -> dict[str, float]:
+def wrk(
+    server: Server, requests: list[dict[str, Any]], connections: int, seconds: float, scratch: Path
+) -> dict[str, float]:
     """`wrk -t1 -c CONNECTIONS` on the chat endpoint: requests/s and latency in ms. Ends the run where a request failed."""
     file = scratch / f"bodies-{connections}.jsonl"
     file.write_text("".join(json.dumps(body) + "\n" for body in requests))
     env = {**os.environ, "BODIES": str(file)} | ({"KEY": server.key} if server.key else {})
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s", "-s", str(HERE / "post.lua")]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds:.0f}s",
+        "--timeout",
+        "30s",
+        "-s",
+        str(HERE / "post.lua"),
+    ]
     try:
-        done = subprocess.run([*command, server.url + PATH], env=env, text=True, capture_output=True, check=True)
+        done = subprocess.run(
+            [*command, server.url + PATH], env=env, text=True, capture_output=True, check=True
+        )
     except FileNotFoundError:
         sys.exit("there is no wrk: apt-get install wrk")
     found = json.loads(done.stdout.splitlines()[-1])
