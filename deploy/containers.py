@@ -23,7 +23,8 @@ def write_folder(wanted: Wanted, out: Path, image: str, k8s: bool) -> dict[str, 
     arch = {"x86_64": "amd64", "aarch64": "arm64"}[manifest["needs"]["machine"]]
     values = {
         "image": image, "port": str(config["port"]), "python": wanted.python, "id": manifest["id"], "memory_mib": str(mib), "arch": arch,
-        "context": str(config["context"]), "pip": "" if wanted.lock_only else "--no-index --find-links wheels --require-hashes --no-deps",
+        "context": str(config["context"]),
+        "slots": str(config.get("slots", 1)), "pip": "" if wanted.lock_only else "--no-index --find-links wheels --require-hashes --no-deps",
         "constraints": "-c constraints.txt" if wanted.lock_only else "",
     }  # fmt: skip
     names = ["Dockerfile", *(["k8s.yaml"] if k8s else ["compose.yaml"])]

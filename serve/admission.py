@@ -47,9 +47,7 @@ class Admission:
 
     def ttft_s(self, prompt_tokens: int) -> float:
         """Expected time to the first token of a newcomer."""
-        return self.wait_s() + prompt_tokens * (self.s_per_prompt_token or 0.0) * max(
-            1, self.slots if self.in_flight else 1
-        )
+        return self.wait_s() + prompt_tokens * (self.s_per_prompt_token or 0.0)
 
     def refuse(self, prompt_tokens: int = 0, promised_s: float | None = None) -> Busy | None:
         """Why a newcomer may not come in, or None."""

@@ -132,10 +132,11 @@ def _rest(proxy: Proxy, posts: dict[str, Endpoint]) -> Starlette:
     async def ready(_: Request) -> Response:
         able, states = proxy.ready()
         healthy = proxy.keys is None or proxy.keys.healthy
-        body = {
+        body: dict[str, Any] = {
             "status": "ready" if able else "draining" if proxy.draining else "not ready",
             "models": states,
         }
+        body["reloads"] = {"done": proxy.reloads, "error": proxy.reload_error}
         if proxy.keys is not None:
             body["keys"] = "ok" if healthy else "the database can't be read; known keys are still served"
         return JSONResponse(body, 200 if able else 503)

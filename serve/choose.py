@@ -77,6 +77,7 @@ def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
         if (before := proxy.conversations.get(conversation)) in policy.candidates:
             request = replace(request, previous=before)
     tokens = request.tokens
+    request = replace(request, prompt_tokens=tokens)  # counted once
     most = proxy.config.limits.prompt_tokens
     if most is not None and tokens > most:
         raise Refusal(

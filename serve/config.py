@@ -55,6 +55,9 @@ class Cache:
     enabled: bool = True
     folder: Path | None = None  # None: the user's cache folder
     redis_env: str | None = None  # the variable that holds redis://…; the disk is then not used
+    semantic: Path | None = (
+        None  # a file of `edgeft route cache-calibrate`: answers to questions that mean the same; None: off
+    )
     ttl_s: float = 3600.0
     size_bytes: int = 256 << 20
     sampled: Mapping[str, bool] = field(

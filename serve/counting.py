@@ -72,7 +72,7 @@ def finished(proxy: Proxy, reply: Reply) -> None:
     prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
     plan: Plan | None = reply.plan
     always = always_api_usd(plan, prompt or 0, output or 0) if plan and usage and status == 200 else None
-    hit = reply.cache == "hit"
+    hit = reply.cache in ("hit", "semantic")
     cost = 0.0 if hit else plan.told.get("cost_usd") if plan else None
     if always is not None:
         proxy.metrics.always_api(always)
@@ -86,9 +86,16 @@ def finished(proxy: Proxy, reply: Reply) -> None:
             cost_usd=cost,
             always_api_usd=always,
         )
+    if proxy.log or proxy.decisions:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    if proxy.decisions and plan is not None:
+        proxy.decisions.write(
+            now, reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,
+            output_tokens=output, cost_usd=cost, cache=reply.cache,
+        )  # fmt: skip
     if proxy.log:
         proxy.log.request(
-            time=datetime.now(UTC).isoformat(timespec="milliseconds"), request_id=reply.request_id, tenant=reply.tenant, route=reply.route,
+            time=now, request_id=reply.request_id, tenant=reply.tenant, route=reply.route,
             reason=reply.headers.get("x-edgeft-reason"), status=status, ttft_s=_round(reply.ttft_s), e2e_s=_round(seconds),
             prompt_tokens=prompt, output_tokens=output, cost_usd=cost, cache=reply.cache, certificate=reply.headers.get("x-edgeft-certificate"),
             code=reply.code,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from edgeft.serve import answer as forms
 from edgeft.serve import counting
@@ -17,6 +18,7 @@ from edgeft.serve.protocol import CHAT, Asked, Kind, Refusal, parse
 from edgeft.serve.proxy import Proxy
 
 log = logging.getLogger("edgeft.serve")
+KEPT = ("hit", "semantic")
 Handler = Callable[[Proxy, bytes, Reply], Awaitable[None]]
 
 
@@ -119,19 +121,15 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
     reply.plan, reply.route = plan, plan.order[0]
     reply.answer = answer = Answer()
     key = proxy.cache.key(asked, plan) if proxy.cache else None
-    if key and proxy.cache:
-        kept = await proxy.cache.get(key)
-        reply.cache = "hit" if kept else "miss"
-        proxy.metrics.cache_lookup(reply.cache)
-        if kept:
-            reply.answer, plan.route = kept
-            told(proxy, reply, plan)
-            yield {ROUTE: plan.route}
-            return
+    looked = await look_up(proxy, asked, plan, key) if key else Looked()
+    reply.cache = looked.result
+    if looked.kept:
+        reply.answer, plan.route = looked.kept
+        told(proxy, reply, plan)
+        yield {ROUTE: plan.route}
+        return
     if proxy.live:
-        proxy.live.routed(
-            reply.request_id, plan.order[0], not plan.policy.candidates[plan.order[0]].get("remote", True)
-        )
+        proxy.live.routed(reply.request_id, plan.order[0], local(plan, plan.order[0]), asked.stream)
     async with aclosing(shared(proxy, key, plan, asked)) as source:  # type: ignore[type-var]
         try:
             async for chunk in source:
@@ -141,6 +139,8 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
                     told(proxy, reply, plan)
                     reply.ttft_s = reply.elapsed_s()
                     if proxy.live:
+                        if plan.route != plan.order[0]:
+                            proxy.live.routed(reply.request_id, plan.route, local(plan, plan.route))
                         proxy.live.first(reply.request_id)
                 else:
                     answer.add(chunk)
@@ -150,9 +150,43 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
             raise
     if not answer.whole:
         raise BrokenStream("it ended without a finish reason")
+    if looked.audited:
+        proxy.semantic.saw(looked.audited, answer)
+    elif looked.place and key:
+        await proxy.semantic.add(looked.place, key)
     if asked.kind is CHAT and plan.decision is not None and plan.policy.policy.rule.get("sticky", True):
         said = [*asked.messages, answer.choices[0].message]
         proxy.remember(conversation_hash(reply.tenant, said), plan.route)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the caches said: off, miss, hit or semantic; an answer of the last kind may be asked again to audit it."""
+
+    result: str = "off"
+    kept: tuple[Answer, str] | None = None
+    place: tuple[str, str] | None = None
+    audited: Answer | None = None
+
+
+async def look_up(proxy: Proxy, asked: Asked, plan: Plan, key: str) -> Looked:
+    """The exact cache, then the semantic one where there is one."""
+    assert proxy.cache is not None
+    kept = await proxy.cache.get(key)
+    found = Looked("hit" if kept else "miss", kept)
+    if not kept and proxy.semantic and (place := proxy.semantic.place(asked, plan)):
+        found = Looked("miss", place=place)
+        same = await proxy.semantic.find(place)
+        if same and (kept := await proxy.cache.get(same)):
+            again = proxy.semantic.asked_again()
+            found = Looked("miss", place=place, audited=kept[0]) if again else Looked("semantic", kept)
+    proxy.metrics.cache_lookup(found.result)
+    return found
+
+
+def local(plan: Plan, candidate_id: str) -> bool:
+    """Whether a candidate is on this box."""
+    return not plan.policy.candidates[candidate_id].get("remote", True)
 
 
 def told(proxy: Proxy, reply: Reply, plan: Plan) -> None:
@@ -169,7 +203,7 @@ async def whole(proxy: Proxy, asked: Asked, reply: Reply) -> Answer:
             pass
     if reply.plan.told.get("cost_usd") is not None:
         reply.headers["x-edgeft-cost-usd"] = f"{reply.plan.told['cost_usd']:.8f}"
-    if reply.cache == "hit":
+    if reply.cache in KEPT:
         reply.headers["x-edgeft-cost-usd"] = "0"
     answer: Answer = reply.answer
     return answer
@@ -181,7 +215,7 @@ async def stream(proxy: Proxy, asked: Asked, reply: Reply, head: Head) -> None:
         async for chunk in source:
             if ROUTE in chunk:
                 head.model = chunk[ROUTE]
-                if reply.cache == "hit":
+                if reply.cache in KEPT:
                     await reply.events(
                         b"".join(forms.replay(head, reply.answer, asked.include_usage)), more=False
                     )

@@ -54,12 +54,15 @@ async def _drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chu
     if proxy.upstreams[drafter].features.logprobs:
         fields = {**fields, "logprobs": True}
     kept: list[Chunk] = []
-    answer = Answer()
+    answer, other = Answer(), None
+    second = second_of(plan)
+    beside = asyncio.create_task(_text_of(proxy, plan, asked, second)) if second else None
     try:
         async with aclosing(_once(proxy, plan, asked, drafter, fields)) as chunks:
             async for chunk in chunks:
                 kept.append(chunk)
                 answer.add(chunk)
+        other = await beside if beside else None
     except (Refusal, Busy, BrokenStream) as error:
         if isinstance(error, Refusal) and not error.elsewhere:
             raise
@@ -68,8 +71,12 @@ async def _drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chu
             async for chunk in chunks:
                 yield chunk
         return
+    finally:
+        if beside:
+            beside.cancel()
+            await asyncio.gather(beside, return_exceptions=True)
     schema = (asked.fields.get("response_format") or {}).get("json_schema", {}).get("schema")
-    verdict = judge(plan.policy, plan.request, _draft_of(answer), plan.decision, schema)
+    verdict = judge(plan.policy, plan.request, _draft_of(answer, other), plan.decision, schema)
     stronger = strongest_allowed(plan.policy, plan.decision)
     if verdict.keep or stronger is None:
         plan.route = drafter
@@ -86,14 +93,33 @@ async def _drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chu
             yield chunk
 
 
-def _draft_of(answer: Answer) -> Draft:
+def second_of(plan: Plan) -> str | None:
+    """The local candidate whose agreement the judge was fitted on, where it may see the request."""
+    block = plan.policy.policy.features.get("cascade") or {}
+    second = block.get("second")
+    return second if second in plan.order[1:] else None
+
+
+async def _text_of(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> str | None:
+    """What another candidate answers; None where it fails: the judge then goes without."""
+    answer = Answer()
+    try:
+        async with aclosing(_once(proxy, plan, asked, candidate_id, asked.fields)) as chunks:
+            async for chunk in chunks:
+                answer.add(chunk)
+    except (Refusal, Busy, BrokenStream):
+        return None
+    return answer.text
+
+
+def _draft_of(answer: Answer, second: str | None) -> Draft:
     choice = answer.choices[0]
     entries = (choice.logprobs or {}).get("content") or []
     known = [
         e["logprob"] for e in entries if isinstance(e, dict) and isinstance(e.get("logprob"), int | float)
     ]
     mean = sum(known) / len(known) if known else None
-    return Draft(answer.text, choice.finish_reason, mean)
+    return Draft(answer.text, choice.finish_reason, mean, second)
 
 
 def _without_logprobs(chunk: Chunk) -> Chunk:

@@ -36,6 +36,7 @@ cache:
   enabled: true
   # folder: answers/
   # redis_env: REDIS_URL  # the variable that holds redis://…, for several proxies
+  # semantic: semantic.json   # of edgeft route cache-calibrate: answers questions that mean the same; off
   ttl_s: 3600
   size_bytes: 268435456
   # sampled: {{"*/*": false}}   # "tenant/model": may answers above temperature 0 be given again?

@@ -114,6 +114,6 @@ async def generate(proxy: Proxy, body: bytes, reply: Reply) -> None:
             "response": answer.text,
             "model": reply.route,
             "timestamp": datetime.now(UTC).isoformat(),
-            "cached": reply.cache == "hit",
+            "cached": reply.cache in endpoints.KEPT,
         },
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -30,7 +30,8 @@ class Slots:
     """The slots of one engine's process."""
 
     slots: list[Slot]
-    turn: int = field(default=0)
+    turn: int = 0
+    generation: int = 0  # of the process that they were filled in
 
     @staticmethod
     def of(count: int) -> Slots:

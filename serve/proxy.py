@@ -34,13 +34,17 @@ class Proxy:
     upstreams: dict[str, Upstream]
     config: Config
     cache: AnswerCache | None = None
+    semantic: Any = None  # Semantic
     keys: Any = None  # KeyStore
     metrics: Metrics = field(default_factory=Metrics)
     live: Any = None
     log: Any = None
+    decisions: Any = None  # DecisionLog
     watch: Any = None  # drift and budget
     started_s: float = field(default_factory=time.monotonic)
     draining: bool = False
+    reloads: int = 0
+    reload_error: str | None = None
 
     def __post_init__(self) -> None:
         self.admissions: dict[str, Admission] = {}
@@ -76,9 +80,14 @@ class Proxy:
 
     def prefix_slots(self, candidate_id: str) -> Slots:
         """What lies in the slots of a local engine."""
-        if candidate_id not in self.slots:
-            self.slots[candidate_id] = Slots.of(self.upstreams[candidate_id].slots)
-        return self.slots[candidate_id]
+        upstream = self.upstreams[candidate_id]
+        found = self.slots.get(candidate_id)
+        if found is None:
+            found = self.slots[candidate_id] = Slots.of(upstream.slots)
+        if found.generation != (process := getattr(upstream, "generation", 0)):
+            found.forget()
+            found.generation = process
+        return found
 
     def promised_s(self, candidate_id: str, asked: Asked) -> float | None:
         """The time to the first token that is promised to this request there."""
@@ -120,8 +129,9 @@ class Proxy:
             await upstream.aclose()
         if self.cache:
             await self.cache.aclose()
-        if self.log:
-            self.log.close()
+        for book in (self.log, self.decisions):
+            if book:
+                book.close()
 
 
 def default_config() -> Config:

@@ -129,9 +129,12 @@ class Runner:
         """Take a new configuration and policy; what is wrong leaves everything as it is."""
         try:
             await self.running.reload(self.reread() if self.reread else self.running.config)
+            self.running.proxy.reloads += 1
+            self.running.proxy.reload_error = None
             console.note("reloaded")
             log.info("reloaded")
         except EdgeftError as error:
+            self.running.proxy.reload_error = error.message
             console.note(f"not reloaded: {error.message}")
             log.error("not reloaded: %s", error.message)
 
@@ -192,12 +195,17 @@ def open_cache(config: Config) -> Any:
 
 def open_keys(config: Config) -> Any:
     """Who may ask, or None where nobody has a key and none is needed."""
-    from edgeft.serve.keys import KeyStore, default_path
+    from edgeft.serve.keys import KeyStore, default_path, prepare
 
     path = config.keys.database or default_path()
     if not config.keys.required and not path.exists():
         return None
-    return KeyStore(path)
+    if not path.exists():
+        prepare(path)
+    store = KeyStore(path)
+    if config.keys.required and not len(store):
+        console.note("there are no keys yet, so everybody is refused: edgeft keys create NAME")
+    return store
 
 
 def reader(path: Path | None, given: Config) -> Any:

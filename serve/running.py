@@ -32,9 +32,8 @@ class Running:
 
     def start(self) -> Any:
         """The application. Opens cache, keys and log; loads nothing yet."""
-        from edgeft.serve.live import Live
-
         from edgeft.serve.app import App
+        from edgeft.serve.live import Live
         from edgeft.serve.run import open_cache, open_keys
 
         specs = [spec_of(c, self.config) for c in self.candidates if c["kind"] != "api"]
@@ -45,9 +44,11 @@ class Running:
             {},
             self.config,
             open_cache(self.config),
+            semantic=open_semantic(self.config),
             keys=open_keys(self.config),
             live=Live(),
             log=open_log(self.config),
+            decisions=open_decisions(self.config),
         )
         self.proxy.watch = watch_of(self.policy)
         return App(self.proxy)
@@ -82,10 +83,12 @@ class Running:
         specs = {c["id"]: spec_of(c, config) for c in candidates if c["kind"] != "api"}
         fresh: dict[str, Upstream] = {}
         before = self.proxy.upstreams
+        known = {c["id"]: c["artifact_sha256"] for c in self.candidates}
         kept = {
             c["id"]
             for c in candidates
             if c["id"] in before
+            and known.get(c["id"]) == c["artifact_sha256"]
             and (
                 self.pool.specs.get(c["id"]) == specs[c["id"]]
                 if c["id"] in specs
@@ -171,6 +174,22 @@ def open_log(config: Config) -> Any:
     from edgeft.serve.logs import RequestLog
 
     return RequestLog(config.logs.requests)
+
+
+def open_semantic(config: Config) -> Any:
+    """The semantic cache, or None. Raises UsageError where its calibration is not of this encoder."""
+    if not (config.cache.enabled and config.cache.semantic):
+        return None
+    from edgeft.serve.semantic import load
+
+    return load(config.cache.semantic)
+
+
+def open_decisions(config: Config) -> Any:
+    """The log of decisions, or None."""
+    from edgeft.serve.decisions import DecisionLog
+
+    return DecisionLog(config.logs.decisions, config.logs.decision_texts) if config.logs.decisions else None
 
 
 def watch_of(policy: Any) -> Any:

@@ -16,12 +16,13 @@ def engines_of(proxy: Proxy) -> list[dict[str, Any]]:
         found.append(
             {
                 **process,
-                "id": name,
+                "route": name,
                 "local": not candidate.get("remote", True),
                 "state": proxy.state_of(name),
                 "slots": upstream.slots if upstream else None,
                 "in_flight": admission.in_flight if admission else 0,
                 "waiting": len(admission.queue) if admission else 0,
+                "waiting_limit": proxy.config.limits.waiting,
                 "wait_s": round(admission.wait_s(), 2) if admission else 0.0,
             }
         )
@@ -39,6 +40,6 @@ def certificate_of(proxy: Proxy) -> dict[str, Any] | None:
     state = "void" if held.get("void") else "suspended" if suspended else "valid"
     return {
         "state": state,
-        "why": held.get("void") or suspended or None,
+        "detail": str(held.get("void") or suspended or "") or None,
         **{k: held.get(k) for k in ("alpha", "delta", "n", "kept_local", "date")},
     }

@@ -269,7 +269,7 @@ def test_containers_and_kubernetes(lock_only, tmp_path):
         and "@" not in docker
     )
     write_folder(lock_only, tmp_path / "box", "me/box:1", k8s=True)  # takes the place of what it wrote itself
-    pod = yaml.safe_load((tmp_path / "box" / "k8s.yaml").read_text())["spec"]["template"]["spec"]
+    pod = next(yaml.safe_load_all((tmp_path / "box" / "k8s.yaml").read_text()))["spec"]["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "268Mi"} and pod["nodeSelector"] == {
         "kubernetes.io/arch": "arm64"
     }

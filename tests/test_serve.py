@@ -277,6 +277,7 @@ def test_health_tells_loading_from_ready_and_requests_wait_outside():
         for name in ("weak", "strong"):
             upstreams[name] = HttpUpstream(engine.url, name, KEY)
         assert client.get("/health/ready").json() == {
+            "reloads": {"done": 0, "error": None},
             "status": "ready",
             "models": {"weak": "ready", "strong": "ready"},
         }

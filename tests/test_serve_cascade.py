@@ -123,6 +123,23 @@ def test_a_private_draft_is_never_sent_on():
             assert "15" in Stage(client, {}, None).chat("what is 7 + 7").text and not strong_calls
 
 
+def test_a_second_local_model_is_asked_beside_and_never_a_remote_one_for_a_private_request():
+    asked: list[dict[str, Any]] = []
+    policy = drafting(privacy={"patterns": ["email"]})
+    policy.policy.features["cascade"] = {"draft": "weak", "second": "strong"}
+    policy.policy.candidates[1]["remote"] = True
+    with answering("7 + 7 = 14\n#### 14", []) as weak_url, answering("#### 14", asked) as second_url:
+        upstreams = {
+            "weak": HttpUpstream(weak_url, "weak", None),
+            "strong": HttpUpstream(second_url, "strong", None),
+        }
+        with running(create_app(policy, upstreams, config=config_of())) as client:
+            stage = Stage(client, {}, None)
+            assert stage.chat("what is 7 + 7").headers["x-edgeft-route"] == "weak" and len(asked) == 1
+            assert 'direction="out",route="strong"} 7.0' in client.get("/metrics").text, "it is paid for"
+            assert stage.chat("what is 7 + 7, me@example.org").status_code == 200 and len(asked) == 1
+
+
 def test_a_drafter_that_fails_is_not_waited_for():
     with scripted(lambda p, b: (500, JSON, b"{}")) as weak_url, answering("14", []) as strong_url:
         upstreams = {

@@ -24,6 +24,8 @@ def text(name: str, **values: str) -> bytes:
 def serve_words(config: Mapping[str, Any]) -> str:
     """The options of `edgeft serve` that the bundle was made for."""
     words = ["--host", config["host"], "--port", str(config["port"]), "--context", str(config["context"])]
+    if config.get("slots", 1) > 1:
+        words += ["--slots", str(config["slots"])]
     if config.get("threads"):
         words += ["--threads", str(config["threads"])]
     return shlex.join(words)

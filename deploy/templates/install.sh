@@ -49,6 +49,9 @@ if [ -n "$before" ] && [ "$before" != "releases/$id" ]; then
     ln -sfn "$before" "$prefix/previous.new" && mv -T "$prefix/previous.new" "$prefix/previous"
 fi
 ln -sfn "releases/$id" "$prefix/current.new" && mv -T "$prefix/current.new" "$prefix/current"
-sh "$release/service.sh" "$prefix" restart
+# What differs in the policy alone is taken over while requests run; else the service is started anew.
+if [ -z "$before" ] || ! sh "$release/service.sh" "$prefix" reload "$prefix/$before" 2>/dev/null; then
+    sh "$release/service.sh" "$prefix" restart
+fi
 sh "$release/service.sh" "$prefix" wait "${EDGEFT_WAIT_S:-120}" || fail "it did not become ready; see $prefix/run/serve.log" 7
 echo "ready: http://127.0.0.1:@port/v1"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The service of this bundle: sh service.sh PREFIX start|stop|restart|wait SECONDS|state
+# The service of this bundle: sh service.sh PREFIX start|stop|restart|reload RELEASE|wait SECONDS|state
 # Under systemd (root, or a user's own manager) by the unit, else as a process in the background.
 set -eu
 prefix=$1
@@ -24,6 +24,14 @@ try:
 except Exception:
     sys.exit(1)' "http://127.0.0.1:@port$1"
 }
+
+reloads() {  # how often the running service took a configuration over; nothing where it can't, or the last one was wrong
+    "$prefix/venvs/@venv/bin/python" -c '
+import json, sys, urllib.request
+told = json.load(urllib.request.urlopen(sys.argv[1], timeout=2)).get("reloads")
+sys.exit(1) if not told or told["error"] else print(told["done"])' "http://127.0.0.1:@port/health/ready" 2>/dev/null
+}
+models() { grep ' artifacts/' "$1/SHA256SUMS"; }
 
 case $what in
 start)
@@ -57,6 +65,18 @@ stop)
 restart)
     sh "$0" "$prefix" stop
     sh "$0" "$prefix" start ;;
+reload)  # in place of a restart where the release that ran differs in its policy alone; fails where it does not
+    old=$3
+    cmp -s "$old/service.sh" "$here/service.sh" && cmp -s "$old/edgeft.service" "$here/edgeft.service" || exit 1
+    [ "$(models "$old")" = "$(models "$here")" ] || exit 1
+    before=$(reloads) || exit 1
+    if [ -n "$systemd" ]; then $systemd reload edgeft.service; else alive && kill -HUP "$(cat "$pidfile")"; fi || exit 1
+    n=0
+    until now=$(reloads) && [ "$now" -gt "$before" ]; do
+        n=$((n + 1))
+        [ $n -lt 25 ] || exit 1
+        sleep 0.2
+    done ;;
 wait)
     n=0
     limit=$((${3:-120} * 5))
@@ -69,6 +89,6 @@ wait)
 state)
     if ask /health/ready; then echo ready; elif ask /health/live; then echo loading; else echo down; fi ;;
 *)
-    echo "service.sh: start, stop, restart, wait or state, not '$what'" >&2
+    echo "service.sh: start, stop, restart, reload, wait or state, not '$what'" >&2
     exit 2 ;;
 esac

@@ -24,6 +24,7 @@ COMMANDS = {
     "profiles": "List, show and detect hardware profiles.",
     "route": "Fit and use a routing policy.",
     "serve": "Serve a policy as an OpenAI-compatible proxy.",
+    "keys": "Make, list and revoke the proxy's API keys.",
     "tco": "Show what own hardware and API calls cost.",
     "bundle": "Pack artefacts into one file that a box installs and serves.",
     "deploy": "Bring a bundle onto boxes over ssh.",

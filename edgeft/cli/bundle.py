@@ -29,7 +29,7 @@ PATH = click.Path(path_type=Path)
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Requests at once that memory must hold.",
+    help="Requests at a time in each model.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of each model (physical cores if left out).")
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)

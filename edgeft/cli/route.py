@@ -7,6 +7,7 @@ import click
 
 from edgeft import console
 from edgeft.cli import Group, options
+from edgeft.cli.route_cache import command as cache_calibrate
 
 FOLDER = click.Path(path_type=Path)
 REPORTS = click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT...")
@@ -345,3 +346,6 @@ def _table(found: dict[str, Any]) -> None:
         ],
         title=f"{found['n']} items, score in points of 100",
     )
+
+
+command.add_command(cache_calibrate)
