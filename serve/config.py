@@ -106,7 +106,9 @@ class Model:
 class Logs:
     """What is written down. Never the text of a request."""
 
-    requests: str | None = None  # a file, or "stderr"; a line of JSON a request
+    requests: str | None = (
+        None  # a file (from the folder where serve runs), or "stderr"; a line of JSON a request
+    )
     decisions: Path | None = None  # for `edgeft route replay`
     decision_texts: bool = False  # with the requests' texts: only where the users agreed; private ones never
 
