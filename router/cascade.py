@@ -72,7 +72,9 @@ def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def predicted_gain(judge: Judge, prompt: str, draft: Draft) -> float:
     """What the strongest would gain over this draft."""
-    x = np.clip((np.array([features(prompt, cut(draft, judge.after_tokens))]) - judge.mean) / judge.scale, -4, 4)
+    x = np.clip(
+        (np.array([features(prompt, cut(draft, judge.after_tokens))]) - judge.mean) / judge.scale, -4, 4
+    )
     return float(kernel.predict(judge.head, x)[0, 0])
 
 
@@ -165,7 +167,12 @@ def judge_tensors(judge: Judge) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "judge.bias": judge.head.bias.astype(np.float32), "judge.mean": judge.mean.astype(np.float32),
         "judge.scale": judge.scale.astype(np.float32),
     }  # fmt: skip
-    return tensors, {"features": list(FEATURES), "width": judge.head.width, "threshold": judge.threshold, "after_tokens": judge.after_tokens}
+    return tensors, {
+        "features": list(FEATURES),
+        "width": judge.head.width,
+        "threshold": judge.threshold,
+        "after_tokens": judge.after_tokens,
+    }
 
 
 def load_judge(tensors: Mapping[str, np.ndarray], block: Mapping[str, Any]) -> Judge:

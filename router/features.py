@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import mul
 from typing import Any
 from zlib import crc32
 
@@ -31,33 +29,39 @@ WORD = re.compile(r"\w+")
 ASCII_WORD = re.compile(rb"\w+")
 
 
-def vector(text: str) -> dict[int, float]:
-    """Column -> value, of length 1 (or empty, where the text has no word)."""
+def arrays(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, ascending int64 [n]; values, float64 [n], of length 1); both empty where the text has no word."""
     start = text[:MAX_CHARACTERS].lower()
-    words: list[bytes]
-    if start.isascii():  # the same words, without encoding each
-        words = ASCII_WORD.findall(start.encode())
-    else:
-        words = [word.encode(errors="replace") for word in WORD.findall(start)]
+    # In ASCII the same words are found without encoding each.
+    words = (
+        ASCII_WORD.findall(start.encode())
+        if start.isascii()
+        else [w.encode(errors="replace") for w in WORD.findall(start)]
+    )
     singles = list(map(crc32, words))
     # crc32(b, crc32(a)) is crc32(a + b): the pair "a b" without joining it.
-    pairs = [crc32(b" " + word, before) for before, word in zip(singles, words[1:], strict=False)]
-    found: dict[int, float] = {}
-    for hashed, count in Counter(singles + pairs).items():
-        value = 1.0 if count == 1 else 1.0 + math.log(count)
-        column = hashed % DIMENSIONS
-        found[column] = found.get(column, 0.0) + (value if hashed >> 31 else -value)
-    values = found.values()
-    length = math.sqrt(sum(map(mul, values, values)))
-    return {column: value / length for column, value in found.items()} if length else {}
+    pairs = map(crc32, map(b" ".__add__, words[1:]), singles)
+    hashed, counts = np.unique(np.array([*singles, *pairs], np.int64), return_counts=True)
+    values = 1.0 + np.log(counts)
+    values[hashed < 1 << 31] *= -1.0
+    dense = np.bincount(hashed % DIMENSIONS, values, DIMENSIONS)
+    columns = np.flatnonzero(dense)
+    found = dense[columns]
+    return columns, found / math.sqrt(found @ found) if len(found) else found
+
+
+def vector(text: str) -> dict[int, float]:
+    """Column -> value, of length 1 (or empty, where the text has no word)."""
+    columns, values = arrays(text)
+    return dict(zip(columns.tolist(), values.tolist(), strict=True))
 
 
 def matrix(texts: Sequence[str]) -> np.ndarray:
     """The vectors of several texts, float64 [len(texts), DIMENSIONS]."""
     rows = np.zeros((len(texts), DIMENSIONS))
     for row, text in zip(rows, texts, strict=True):
-        sparse = vector(text)
-        row[list(sparse)] = list(sparse.values())
+        columns, values = arrays(text)
+        row[columns] = values
     return rows
 
 

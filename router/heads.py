@@ -4,13 +4,12 @@ its neighbours where the policy has one. Column 0 is the cheapest candidate's sc
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter, mul
 from typing import TYPE_CHECKING, Any
 
-from edgeft.router.features import vector
+import numpy as np
+
+from edgeft.router.features import arrays
 
 if TYPE_CHECKING:
     from edgeft.router.policy import LoadedPolicy
@@ -20,40 +19,40 @@ if TYPE_CHECKING:
 class Features:
     """What the heads read of one text."""
 
-    sparse: dict[int, float]  # hashed words and word pairs: column -> value
+    columns: np.ndarray  # int64 [n]: hashed words and word pairs
+    values: np.ndarray  # float64 [n]
     similarity: float  # to the training rows, 0..1: share of the text's weight in columns that training saw
     embedding: Any = None  # float32 [E], of length 1
-    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what was computed of them already
+    known: dict[str, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # what was computed of them already
+
+    @property
+    def sparse(self) -> dict[int, float]:
+        """Column -> value."""
+        return dict(zip(self.columns.tolist(), self.values.tolist(), strict=True))
 
 
 def read(policy: LoadedPolicy, text: str) -> Features:
     """The features of a text. Runs the encoder where the policy has one; else pure arithmetic."""
-    sparse = vector(text)
-    return Features(sparse, similarity(policy, sparse), policy.encoder(text) if policy.encoder else None)
+    columns, values = arrays(text)
+    embedding = policy.encoder(text) if policy.encoder else None
+    return Features(columns, values, similarity(policy, columns, values), embedding)
 
 
-def similarity(policy: LoadedPolicy, sparse: dict[int, float]) -> float:
+def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) -> float:
     """Share of a text's squared weight that lies in columns which a training row had; 0 for an empty text."""
     seen = policy.arrays.get("seen.columns")
     if seen is None:
         return 1.0
-    return sum([value * value for column, value in sparse.items() if seen[column]])
-
-
-def dot(row: Sequence[float], sparse: Mapping[int, float]) -> float:
-    """A row of weights times a sparse vector, without a step of Python's a column."""
-    if len(sparse) < 2:  # itemgetter of one gives no tuple
-        return sum(row[column] * value for column, value in sparse.items())
-    return sum(map(mul, itemgetter(*sparse)(row), sparse.values()))
+    return float(values * values @ seen[columns])
 
 
 def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     """Score of the first candidate and gains of the others, unclipped."""
-    text = [bias + dot(row, features.sparse) for row, bias in zip(policy.weights, policy.bias, strict=True)]
+    text = (policy.matrix[:, features.columns] @ features.values + policy.bias).tolist()
     if features.embedding is None or "blend" not in policy.arrays:
-        return text
-    import numpy as np
-
+        return list(text)
     from edgeft.router.embedding import mix
 
     spec = policy.policy.features["embedding"]
@@ -77,9 +76,12 @@ def output_tokens(policy: LoadedPolicy, features: Features, place: int) -> float
     weights = policy.arrays.get("tokens.weights")
     if weights is None:
         return candidate.get("mean_output_tokens") or 0.0
-    known = features.known.get(place)
+    known = features.known.get("tokens")
     if known is None or known[0] is not weights:
-        log = float(policy.arrays["tokens.bias"][place]) + dot(weights[place], features.sparse)
-        known = features.known[place] = (weights, max(0.0, math.expm1(min(log, 12.0))))
-    tokens: float = known[1]
+        log = weights[:, features.columns] @ features.values + policy.arrays["tokens.bias"]
+        known = features.known["tokens"] = (
+            weights,
+            np.maximum(0.0, np.expm1(np.minimum(log, 12.0))).tolist(),
+        )
+    tokens: float = known[1][place]
     return tokens

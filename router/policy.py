@@ -8,6 +8,7 @@ policy/certificate.json      what `edgeft route calibrate` found; absent until t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ TENSORS = {
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy with its weights in memory. Rows of weights are tuples: one lookup in them is faster than numpy's."""
+    """A policy with its weights in memory."""
 
     policy: Policy
     weights: tuple[
@@ -54,6 +55,11 @@ class LoadedPolicy:
     certificate: dict[str, Any] | None = None
     judge: Any = field(default=None, compare=False)  # cascade.Judge, where the policy drafts first
     encoder: Any = field(default=None, compare=False)  # text -> embedding, where the policy has such a head
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """The weights as float64 [K, D]."""
+        return np.array(self.weights)
 
     @property
     def candidates(self) -> dict[str, dict[str, Any]]:
@@ -107,10 +113,9 @@ def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
         from edgeft.router.embedding import load_encoder
 
         encoder = load_encoder(policy.features["embedding"])
-    if "seen.columns" in tensors:
-        tensors["seen.columns"] = tensors["seen.columns"].tobytes()
-    if "tokens.weights" in tensors:
-        tensors["tokens.weights"] = tuple(map(tuple, tensors["tokens.weights"].tolist()))
+    for name in ("seen.columns", "tokens.weights", "tokens.bias"):  # once, not at every decision
+        if name in tensors:
+            tensors[name] = tensors[name].astype(np.float64)
     if "memory.vectors" in tensors:
         tensors["memory.vectors"] = tensors["memory.vectors"].astype(
             np.float32

@@ -26,7 +26,14 @@ def cut(draft: Draft, tokens: int | None) -> Draft:
     """The first so many tokens of a draft; itself where it has no more (or for None)."""
     if tokens is None or len(draft.text) <= CHARS_PER_TOKEN * tokens:
         return draft
-    return replace(draft, text=draft.text[: CHARS_PER_TOKEN * tokens], finish_reason=None, mean_logprob=None, second=None, complete=False)
+    return replace(
+        draft,
+        text=draft.text[: CHARS_PER_TOKEN * tokens],
+        finish_reason=None,
+        mean_logprob=None,
+        second=None,
+        complete=False,
+    )
 
 
 def by_first_tokens(
@@ -71,5 +78,7 @@ def cross_fitted(x: np.ndarray, gain: np.ndarray, seed: int = 0) -> np.ndarray:
         own, mean, scale = standardised(x[others])
         head = kernel.fit(own, gain[others][:, None], WIDTHS, most=LANDMARKS)
         # Held against the fold's own mean: folds must not differ by their constants.
-        found[here] = kernel.predict(head, np.clip((x[here] - mean) / scale, -4, 4))[:, 0] - gain[others].mean()
+        found[here] = (
+            kernel.predict(head, np.clip((x[here] - mean) / scale, -4, 4))[:, 0] - gain[others].mean()
+        )
     return found

@@ -254,7 +254,7 @@ def test_limits_stickiness_and_distance():
     far = replace(
         free,
         policy=replace(free.policy, rule={**free.policy.rule, "threshold": 2.0, "far": 0.5}),
-        arrays={"seen.columns": bytes(4096)},
+        arrays={"seen.columns": np.zeros(4096)},
     )
     assert decide(far, easy).choice == "api-big" and "far from the training rows" in decide(far, easy).reason
     greedy = replace(
