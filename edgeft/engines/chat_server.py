@@ -209,10 +209,9 @@ def handler(
             given = body["input"]
             many = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
             texts = [ids_of(text, reader) for text in (given if many else [given])]
-            vectors = [
-                turn.submit(lambda ids=ids: next(watched(embed(ids), self.connection))).result()
-                for ids in texts
-            ]
+            vectors = turn.submit(
+                lambda: [next(watched(embed(ids), self.connection)) for ids in texts]
+            ).result()
             self.reply(200, bodies.embeddings(model_name, vectors, sum(map(len, texts)), encoding))
 
         def raw(self, body: dict[str, Any]) -> None:
