@@ -229,6 +229,24 @@ class Live:
         self.minute = second // 60
 
 
+def certificate_told(held: dict[str, Any] | None, drifted: bool = False) -> dict[str, Any] | None:
+    """A policy's certificate as the page shows it: state (holds, suspended or void) and detail; None where there is none.
+    `drifted`: this process suspends it, beside what the file says."""
+    if held is None:
+        return None
+    if held.get("void"):
+        return {"state": "void", "detail": held["void"]}
+    if held.get("suspended") or drifted:
+        why = (
+            held.get("suspended_because")
+            if held.get("suspended")
+            else "requests have drifted from the certified rows"
+        )
+        return {"state": "suspended", "detail": why}
+    promise = f"at most {held['alpha']:.1%} lose by being kept from the strongest, at confidence {1 - held['delta']:.0%}"
+    return {"state": "holds", "detail": f"{promise} ({held['n']:,} rows, {held['date'][:10]})"}
+
+
 def _sum(minutes: Sequence[_Counts]) -> _Counts:
     whole = _Counts()
     for minute in minutes:

@@ -153,6 +153,27 @@ def test_the_first_seconds_are_a_rate_too(clock):
     assert shown.snapshot([], None)["requests_per_s"] == 2.0
 
 
+def test_the_certificate_in_a_word_and_a_line():
+    held = {
+        "void": None,
+        "suspended": False,
+        "alpha": 0.01,
+        "delta": 0.05,
+        "n": 1204,
+        "date": "2026-11-25T10:00:00+00:00",
+    }
+    assert live.certificate_told(None) is None
+    told = live.certificate_told(held)
+    assert told["state"] == "holds"
+    assert "1.0%" in told["detail"] and "95%" in told["detail"] and "1,204 rows, 2026-11-25" in told["detail"]
+    assert live.certificate_told(held, drifted=True)["state"] == "suspended"
+    by_hand = live.certificate_told(
+        {**held, "suspended": True, "suspended_because": "new product"}, drifted=True
+    )
+    assert by_hand == {"state": "suspended", "detail": "new product"}
+    assert live.certificate_told({"void": "another policy"}) == {"state": "void", "detail": "another policy"}
+
+
 def test_memory_is_bounded_over_a_million_calls(clock):
     shown, process = Live(clock), psutil.Process()
 
