@@ -136,7 +136,8 @@ class Live:
         """It is over, with the HTTP status that it came to (499: the client left). `cache`: answered from the cache.
 
         Money counts where both figures are known, so that what is compared is of the same requests; what was answered and
-        is not known counts as unpriced. A local answer whose cost is None has no list price: it counts as 0. An id that is not running (ended already) counts nothing.
+        is not known counts as unpriced. A local answer without a cost has no list price and counts as 0. An id that is not
+        running (ended already) counts nothing.
         """
         request = self.requests.pop(request_id, None)
         if request is None:
@@ -164,7 +165,8 @@ class Live:
 
     def snapshot(self, engines: list[dict[str, Any]], certificate: dict[str, Any] | None) -> dict[str, Any]:
         """Everything, as JSON's types. `engines` and `certificate` are passed on as they are: the page reads of an engine
-        route, local, state, in_flight, slots, waiting and waiting_limit, of the certificate state (valid, suspended, void), detail, alpha, delta, n and share_kept."""
+        route, local, state, in_flight, slots, waiting and waiting_limit, of the certificate state (valid, suspended, void),
+        detail, alpha, delta, n and share_kept."""
         now = self.clock()
         self._turn(now)
         uptime_s = now - self.started_s
