@@ -107,6 +107,11 @@ class RequestLog:
         """`lines` is None where nothing is to be logged."""
         self.lines = lines
 
+    def close(self) -> None:
+        """Write what waits."""
+        if self.lines is not None:
+            self.lines.close()
+
     def write(
         self,
         request_id: str,
@@ -180,7 +185,7 @@ class LinesHandler(logging.Handler):
 
 def setup(path: Path | None = None, *, quiet: bool = False) -> RequestLog:
     """Send `edgeft`'s and uvicorn's records and the requests' lines to `path`, or to standard error. With `quiet` standard
-    error stays silent and a file is still written. Call `.lines.close()` at the end."""
+    error stays silent and a file is still written. Call `close` at the end."""
     for name in ("edgeft", "uvicorn"):
         logger = logging.getLogger(name)
         logger.propagate = False
