@@ -78,7 +78,8 @@ class Chromium:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']['message']}")
                 return answer["result"]
-            self.events.append(answer)
+            if answer.get("sessionId") == self.session:  # not of a tab that was closed
+                self.events.append(answer)
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -128,16 +128,6 @@ def none_there(path: Path) -> UsageError:
 def hash_of(secret: str) -> bytes:
     """What is kept of a key."""
     return hashlib.sha256(secret.encode(errors="replace")).digest()
-
-
-def presented(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The key in a request's raw headers (lower-case names): `Authorization: Bearer KEY`, or `x-api-key: KEY`."""
-    for name, value in headers:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return value[7:].strip().decode("latin-1")
-        if name == b"x-api-key":
-            return value.strip().decode("latin-1")
-    return None
 
 
 class KeyStore:

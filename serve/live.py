@@ -137,7 +137,8 @@ class Live:
         """It is over, with the HTTP status that it came to (499: the client left). `cache`: answered from the cache.
 
         Money counts where both figures are known, so that what is compared is of the same requests; what was answered and
-        is not known counts as unpriced. An id that is not running (ended already) counts nothing.
+        is not known counts as unpriced. A local answer without a cost has no list price and counts as 0. An id that is not
+        running (ended already) counts nothing.
         """
         request = self.requests.pop(request_id, None)
         if request is None:
@@ -150,6 +151,8 @@ class Live:
                 self._of(request.route or OTHER).e2e_s.append(now - request.began_s)
         else:
             outcome = "left" if status == CLIENT_LEFT else "refused" if status < 500 else "failed"
+        if cost_usd is None and status < 400 and request.local:
+            cost_usd = 0.0
         for counts in (self.total, self.minutes[-1]):
             setattr(counts, outcome, getattr(counts, outcome) + 1)
             counts.prompt_tokens += prompt_tokens or 0
@@ -163,7 +166,8 @@ class Live:
 
     def snapshot(self, engines: list[dict[str, Any]], certificate: dict[str, Any] | None) -> dict[str, Any]:
         """Everything, as JSON's types. `engines` and `certificate` are passed on as they are: the page reads of an engine
-        route, local, state, in_flight, slots, waiting and waiting_limit, of the certificate state and detail."""
+        route, local, state, in_flight, slots, waiting and waiting_limit, of the certificate state (valid, suspended, void),
+        detail, alpha, delta, n and share_kept."""
         now = self.clock()
         self._turn(now)
         uptime_s = now - self.started_s
@@ -181,7 +185,7 @@ class Live:
             },
             "tokens": {"prompt": total.prompt_tokens, "output": total.output_tokens},
             "spend": {
-                "basis": "list prices" if total.priced else "no prices known",
+                "basis": "list prices, local answers at 0" if total.priced else "no prices known",
                 "spend_usd": round(total.spend_usd, 9) if total.priced else None,
                 "always_api_usd": round(total.always_api_usd, 9) if total.priced else None,
                 "priced": total.priced,

@@ -107,6 +107,11 @@ class RequestLog:
         """`lines` is None where nothing is to be logged."""
         self.lines = lines
 
+    def close(self) -> None:
+        """Write what waits."""
+        if self.lines is not None:
+            self.lines.close()
+
     def write(
         self,
         request_id: str,
@@ -131,29 +136,19 @@ class RequestLog:
         endpoint's own, not what the client typed; `code` the error's."""
         if self.lines is None:
             return
-        words = {
-            "tenant": tenant,
-            "route": route,
-            "reason": reason,
-            "cache": cache,
-            "certificate": certificate,
-            "code": code,
-        }
-        line = {
-            "time": now(),
-            "request_id": request_id,
-            "path": path,
-            "status": status,
-            "stream": stream,
-            **{name: word if word is None else word[:LONGEST] for name, word in words.items()},
-            "ttft_s": ttft_s if ttft_s is None else round(ttft_s, 4),
-            "e2e_s": round(e2e_s, 4),
-            "prompt_tokens": prompt_tokens,
-            "output_tokens": output_tokens,
-            "cached_tokens": cached_tokens,
-            "cost_usd": cost_usd,
-        }
-        self.lines.put(_json({key: value for key, value in line.items() if value is not None}))
+        line: dict[str, Any] = {
+            "time": now(), "request_id": request_id, "path": path, "status": status, "stream": stream, "e2e_s": round(e2e_s, 4),
+        }  # fmt: skip
+        for name, value in (
+            ("tenant", tenant), ("route", route), ("reason", reason), ("cache", cache), ("certificate", certificate),
+            ("code", code), ("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens),
+            ("cached_tokens", cached_tokens), ("cost_usd", cost_usd),
+        ):  # fmt: skip
+            if value is not None:
+                line[name] = value[:LONGEST] if isinstance(value, str) else value
+        if ttft_s is not None:
+            line["ttft_s"] = round(ttft_s, 4)
+        self.lines.put(_json(line))
 
 
 class JsonFormatter(logging.Formatter):
@@ -190,7 +185,7 @@ class LinesHandler(logging.Handler):
 
 def setup(path: Path | None = None, *, quiet: bool = False) -> RequestLog:
     """Send `edgeft`'s and uvicorn's records and the requests' lines to `path`, or to standard error. With `quiet` standard
-    error stays silent and a file is still written. Call `.lines.close()` at the end."""
+    error stays silent and a file is still written. Call `close` at the end."""
     for name in ("edgeft", "uvicorn"):
         logger = logging.getLogger(name)
         logger.propagate = False

@@ -27,6 +27,7 @@ def main() -> None:
         assert "edgeft/tco/scenarios/support-desk.yaml" in names, "the scenarios are not in the wheel"
         assert "edgeft/deploy/templates/box.sh" in names, "the scripts for a box are not in the wheel"
         assert "edgeft/bench/report.schema.json" in names, "the schema of report.json is not in the wheel"
+        assert "edgeft/serve/page/index.html" in names, "the proxy's page is not in the wheel"
         assert not any(n.split("/")[0] in ("bench", "compress", "router", "serve") for n in names), (
             "a generic name leaks"
         )

@@ -183,13 +183,6 @@ def test_names_that_would_not_sit_well_in_logs_are_refused(db, name):
     assert not db.exists()
 
 
-def test_headers():
-    assert keys.presented([(b"host", b"x"), (b"authorization", b"Bearer ek-1 ")]) == "ek-1"
-    assert keys.presented([(b"authorization", b"bearer ek-1")]) == "ek-1"
-    assert keys.presented([(b"x-api-key", b"ek-2")]) == "ek-2"
-    assert keys.presented([(b"authorization", b"Basic ek-1"), (b"host", b"x")]) is None
-
-
 def test_command_line(db, capsys, monkeypatch, tmp_path):
     assert run(["keys", "create", "bot", "--tenant", "support", "--expires", "30", "--db", str(db)]) == 0
     out = capsys.readouterr()

@@ -58,12 +58,12 @@ def test_a_request_from_arrival_to_end(clock):
     }  # fmt: skip
     finish(shown, "a")
     finish(shown, "a")  # again: counts nothing
-    found = shown.snapshot([{"route": "weak"}], {"state": "holds"})
+    found = shown.snapshot([{"route": "weak"}], {"state": "valid"})
     assert found["live"] == [] and counts(found) == {"local": 1, "total": 1}
     assert found["latency"]["weak"]["ttft_s"] == {"n": 1, "p50": 0.25, "p95": 0.25, "p99": 0.25}
     assert found["latency"]["weak"]["e2e_s"]["p50"] == 1.0
     assert found["tokens"] == {"prompt": 10, "output": 5}
-    assert found["engines"] == [{"route": "weak"}] and found["certificate"] == {"state": "holds"}
+    assert found["engines"] == [{"route": "weak"}] and found["certificate"] == {"state": "valid"}
     assert found["minutes"]["ttft_mean_s"] == [0.25]
     assert json.loads(json.dumps(found)) == found
 
@@ -120,8 +120,23 @@ def test_money_compares_the_same_requests(clock):
     shown.begin("refused", False, None)
     finish(shown, "refused", 429)
     assert shown.snapshot([], None)["spend"] == {
-        "basis": "list prices", "spend_usd": 0.003, "always_api_usd": 0.005, "priced": 2, "unpriced": 2,
+        "basis": "list prices, local answers at 0", "spend_usd": 0.003, "always_api_usd": 0.005, "priced": 2, "unpriced": 2,
     }  # fmt: skip
+
+
+def test_a_local_answer_without_a_price_costs_nothing_at_list_prices(clock):
+    shown = Live(clock)
+    for key, local, status in (("a", True, 200), ("b", False, 200), ("c", True, 502)):
+        shown.begin(key, False, None)
+        shown.routed(key, "r", local)
+        finish(shown, key, status, always_api_usd=0.002)
+    spend = shown.snapshot([], None)["spend"]
+    assert (spend["spend_usd"], spend["always_api_usd"], spend["priced"], spend["unpriced"]) == (
+        0,
+        0.002,
+        1,
+        1,
+    )
 
 
 def test_rates_minutes_and_the_last_quarter_of_an_hour(clock):

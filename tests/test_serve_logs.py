@@ -50,7 +50,7 @@ def test_a_line_a_request_with_what_was_decided(tmp_path):
         certificate="holds", prompt_tokens=10, output_tokens=3, cached_tokens=8, cost_usd=0.0,
     )  # fmt: skip
     one(log, "r2", status=429, code="queue_full")
-    log.lines.close()
+    log.close()
     first, second = written(file)
     assert first.pop("time").endswith("+00:00")
     assert first == {
@@ -67,7 +67,7 @@ def test_there_is_no_field_for_text_and_what_there_is_stays_one_short_line(tmp_p
     assert not fields & {"messages", "prompt", "text", "body", "answer", "content", "error", "message"}
     log = setup(tmp_path / "log")
     one(log, reason="x\ny" * 1000, tenant="\ud800\x1b[31m")
-    log.lines.close()
+    log.close()
     (line,) = written(tmp_path / "log")
     assert len(line["reason"]) == logs.LONGEST and "\x1b" not in (tmp_path / "log").read_text()
 
@@ -88,7 +88,7 @@ def test_other_records_carry_the_request_and_no_message_of_an_exception(tmp_path
     logging.getLogger("uvicorn.error").error("bind failed")
     logging.getLogger("uvicorn.access").info("GET /?q=secret")
     logger.info("%d", "no number")  # can't be formatted: lost, and nothing raised
-    log.lines.close()
+    log.close()
     lines = written(tmp_path / "log")
     assert [line["message"] for line in lines] == ["an answer of weak broke off", "nobody's", "bind failed"]
     assert (
@@ -108,7 +108,7 @@ def test_a_full_disk_costs_lines_and_nothing_else():
         time.sleep(0.01)
     assert log.lines.lost == 200 and "No space left" in log.lines.trouble
     one(log, "later")
-    log.lines.close()
+    log.close()
     assert log.lines.lost == 201
 
 
@@ -172,7 +172,7 @@ def test_rotation(tmp_path):
     file.rename(tmp_path / "log.1")
     log.lines.reopen()
     one(log, "new")
-    log.lines.close()
+    log.close()
     assert [line["request_id"] for line in written(tmp_path / "log.1") + written(file)] == ["old", "new"]
 
 
@@ -181,7 +181,7 @@ def test_quiet_is_silent_and_a_file_is_still_written(tmp_path):
         "import logging, sys\nfrom pathlib import Path\nfrom edgeft.serve import logs\n"
         "log = logs.setup(Path(sys.argv[1]) if len(sys.argv) > 1 else None, quiet=True)\n"
         "log.write('r', status=200, e2e_s=1.0, path='/v1')\nlogging.getLogger('edgeft.serve').error('x')\n"
-        "log.lines and log.lines.close()"
+        "log.close()"
     )
     for words in ([], [str(tmp_path / "log")]):
         done = subprocess.run(
@@ -201,7 +201,7 @@ def test_many_threads_write_whole_lines(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    log.lines.close()
+    log.close()
     assert len({line["request_id"] for line in written(tmp_path / "log")}) == 2000
 
 
