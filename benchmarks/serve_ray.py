@@ -56,7 +56,11 @@ def main() -> None:
     if not shutil.which("redis-server"):
         sys.exit("redis-server is not installed: apt-get install redis-server")
     # Without the second line Ray's HTTP proxy asks the replica on its own node, and the other one's death would cost nobody anything.
-    os.environ |= {MIDDLEWARE: "edgeft.serve.cluster.again:middlewares", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {
+        MIDDLEWARE: "edgeft.serve.cluster.again:middlewares",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+    }
     os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
