@@ -102,11 +102,16 @@ class Model:
     ca_file: Path | None = None
 
 
+NOTHING_SAID = Model()
+
+
 @dataclass(frozen=True)
 class Logs:
     """What is written down. Never the text of a request."""
 
-    requests: str | None = None  # a file, or "stderr"; a line of JSON a request
+    requests: str | None = (
+        None  # a file (from the folder where serve runs), or "stderr"; a line of JSON a request
+    )
     decisions: Path | None = None  # for `edgeft route replay`
     decision_texts: bool = False  # with the requests' texts: only where the users agreed; private ones never
 
@@ -128,7 +133,7 @@ class Config:
 
     def model(self, candidate_id: str) -> Model:
         """What is said of one candidate."""
-        return self.models.get(candidate_id, Model())
+        return self.models.get(candidate_id, NOTHING_SAID)
 
 
 def load(path: Path) -> Config:
@@ -237,6 +242,8 @@ def _value(kind: Any, value: Any, where: str, at: str, folder: Path) -> Any:
     if value is None:
         if type(None) in options:
             return None
+        if dataclasses.is_dataclass(options[0]) or typing.get_origin(options[0]) is Mapping:
+            return _value(kind, {}, where, at, folder)  # a table whose keys are all comments
         raise UsageError(f"{where}: {at} is empty.", DOCS)
     wanted = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(wanted):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from edgeft.serve.admission import Busy
 from edgeft.serve.choose import Plan
 from edgeft.serve.http import CLIENT_LEFT, Reply
+from edgeft.serve.logs import now
 from edgeft.serve.proxy import Proxy
 from edgeft.serve.state import certificate_of
 
@@ -90,19 +90,20 @@ def finished(proxy: Proxy, reply: Reply) -> None:
             cost_usd=cost,
             always_api_usd=always,
         )
-    if proxy.log or proxy.decisions:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    if plan is not None and plan.decision is not None and proxy.watch and plan.policy is proxy.policy:
+        proxy.watch.saw(plan.decision, len(plan.request.text), plan.similarity, cost)
     if proxy.decisions and plan is not None:
         proxy.decisions.write(
-            now, reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,
+            now(), reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,
             output_tokens=output, cost_usd=cost, cache=reply.cache,
         )  # fmt: skip
     if proxy.log:
-        proxy.log.request(
-            time=now, request_id=reply.request_id, tenant=reply.tenant, route=reply.route,
-            reason=reply.headers.get("x-edgeft-reason"), status=status, ttft_s=_round(reply.ttft_s), e2e_s=_round(seconds),
-            prompt_tokens=prompt, output_tokens=output, cost_usd=cost, cache=reply.cache, certificate=reply.headers.get("x-edgeft-certificate"),
-            code=reply.code,
+        told = reply.headers
+        proxy.log.write(
+            reply.request_id, status=status, e2e_s=seconds, path=reply.path, tenant=reply.tenant, route=reply.route,
+            reason=told.get("x-edgeft-reason"), ttft_s=reply.ttft_s, stream=reply.stream, cache=reply.cache,
+            certificate=told.get("x-edgeft-certificate"), prompt_tokens=prompt, output_tokens=output,
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"), cost_usd=cost, code=reply.code,
         )  # fmt: skip
 
 
