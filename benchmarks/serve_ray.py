@@ -56,7 +56,11 @@ def main() -> None:
     if not shutil.which("redis-server"):
         sys.exit("redis-server is not installed: apt-get install redis-server")
     # Without the second line Ray's HTTP proxy asks the replica on its own node, and the other one's death would cost nobody anything.
-    os.environ |= {MIDDLEWARE: "edgeft.serve.cluster.again:middlewares", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {
+        MIDDLEWARE: "edgeft.serve.cluster.again:middlewares",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",  # a busy machine
+    }
     os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -115,16 +119,7 @@ def two_nodes() -> Any:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "resources": {f"edgeft:{LABEL}": 1}, "object_store_memory": 100 << 20}
-    for left in range(3, -1, -1):
-        try:
-            cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-            break
-        except (
-            Exception
-        ) as error:  # Ray gives a node 30 s to come up, which a busy machine does not always manage
-            if not left:
-                raise
-            print(f"Ray's head did not start ({str(error)[:60]}), trying again", file=sys.stderr)
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
         second = cluster.add_node(**node)
         yield second, cluster.address

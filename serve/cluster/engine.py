@@ -36,13 +36,14 @@ class Engine:
     async def stream(self, body: bytes) -> AsyncGenerator[bytes]:
         """Frames of one answer. Closing it, or cancelling, frees the model's slot."""
         asked = orjson.loads(body)
-        extra = {**asked["extra"], **self.extra}
         try:
+            extra = {**self.local.fields(adapter=asked["extra"].get("adapter")), **self.extra}
             async with aclosing(
                 self.http.stream(KINDS[asked["kind"]], asked["fields"], True, extra)
             ) as chunks:
                 async for chunk in chunks:
-                    yield frames.chunk(chunk)
+                    if "prompt_progress" not in chunk:
+                        yield frames.chunk(chunk)
         except (Refusal, BrokenStream) as error:
             yield await self._failed(error)
 

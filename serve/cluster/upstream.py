@@ -123,6 +123,10 @@ class RayUpstream:
         self.again += 1
         log.warning("a replica was lost (%s) before its answer began: asked again elsewhere", loss)
 
+    def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
+        """The adapter's name; the replica turns it into its engine's own fields."""
+        return {"adapter": adapter} if adapter else NOTHING
+
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
         """Raises Refusal where no replica runs: Ray would wait for one without end."""
