@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import secrets
 import shlex
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +44,28 @@ def deploy_to(box: Box, bundle: Bundle, check_s: float, say: Callable[[str], Non
     """Deploy a bundle on one box. Never raises EdgeftError: what went wrong stands in the outcome."""
     started, found = time.monotonic(), Outcome(box.host, id=bundle.id)
     try:
-        _deploy(box, bundle, check_s, say, found)
+        with alone(box):
+            _deploy(box, bundle, check_s, say, found)
     except EdgeftError as error:
         if found.state == "not tried":
             found.state = "failed"
         found.text = found.text or error.message
     found.sent_bytes, found.seconds = box.sent_bytes, time.monotonic() - started
     return found
+
+
+@contextmanager
+def alone(box: Box) -> Iterator[None]:
+    """Nobody else deploys to the box meanwhile. Raises EnvironmentFault where somebody does."""
+    token = secrets.token_hex(8)
+    box.ask("lock", token, f"{getpass.getuser()} at {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        try:
+            box.ask("unlock", token, tries=1)
+        except EdgeftError:
+            pass  # it runs out by itself
 
 
 def _deploy(box: Box, bundle: Bundle, check_s: float, say: Callable[[str], None], found: Outcome) -> None:
@@ -157,5 +176,6 @@ def roll_back(box: Box) -> dict[str, Any]:
             f"{box.host} keeps no version before the current one.",
             f"edgeft deploy status {shlex.quote(box.host)}",
         )
-    box.ask("rollback", state["previous"], str(READY_S))
+    with alone(box):
+        box.ask("rollback", state["previous"], str(READY_S))
     return {"host": box.host, "current": state["previous"], "previous": state["current"]}

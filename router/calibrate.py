@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ from edgeft.router.policy import (
     read_certificate,
     write_certificate,
 )
-from edgeft.router.reports import Item, refuse_used
+from edgeft.router.reports import Item, Joined, refuse_used
 
 SCHEMA = "edgeft/certificate@1"
 SEEN = "certify"
@@ -60,20 +60,28 @@ def calibrate(
     Raises UsageError for rows seen before and changed artefacts, Inconclusive where n is too small or no rule that keeps anything
     can be certified; the policy then stays as it was.
     """
+    policy = load_policy(folder)
+    missed = None if judged is None else missed_losses(judged, delta / 2)
+    return certify_items(folder, policy, same_candidates(policy, places), alpha, delta, temperature, missed)
+
+
+def certify_items(
+    folder: Path, policy: LoadedPolicy, joined: Joined, alpha: float, delta: float, temperature: float,
+    missed: Mapping[str, Any] | None = None, more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`calibrate` on items at hand, of the policy's own candidates. `missed` is `miss_bound` at delta / 2 of the judge that gave the scores;
+    `more` is written into the certificate."""
     for name, value in (("--alpha", alpha), ("--delta", delta)):
         if not 0 < value < 1:
             raise UsageError(f"{name} {value:g} is not between 0 and 1.", f"{name} 0.05")
-    policy = load_policy(folder)
-    asked, missed = {"alpha": alpha, "delta": delta}, None
-    if judged is not None:
-        missed = missed_losses(judged, delta / 2)
+    asked = {"alpha": alpha, "delta": delta}
+    if missed is not None:
         alpha, delta = alpha - missed["bound"], delta / 2
         if alpha <= 0:
             raise Inconclusive(
                 f"the judge may miss losses in {missed['bound']:.1%} of rows, which is more than alpha {asked['alpha']:g} allows.",
                 "more human grades, a better judge, or a larger --alpha",
             )
-    joined = same_candidates(policy, places)
     refuse_used(joined.items, policy.policy.seen_rows, "certify the policy")
     items = [item for item in joined.items if not removed_for(policy, item.request)]
     n, needed = len(items), least_n(alpha, delta)
@@ -98,7 +106,9 @@ def calibrate(
         rule={**policy.policy.rule, setting_name: grid[last]},
         seen_rows={
             **policy.policy.seen_rows,
-            SEEN: sorted({h for item in joined.items for h in item.hashes}),
+            SEEN: sorted(
+                {*policy.policy.seen_rows.get(SEEN, ()), *(h for item in joined.items for h in item.hashes)}
+            ),
         },
     )
     certificate = {
@@ -126,6 +136,7 @@ def calibrate(
         "drift_reference": reference([observation(policy, item.request) for item in items]),
         "suspended": False,
         "suspended_because": None,
+        **(more or {}),
     }
     write_certificate(folder, certificate)  # first: it is void until the policy names the certified rule
     certified.save(folder / MANIFEST)
@@ -177,8 +188,13 @@ def missed_losses(path: Path, delta: float) -> dict[str, Any]:
             f"{path} holds {len(pairs)} rows that a person graded; {LEAST_GRADES} are the least.",
             "grade more rows",
         )
-    missed = sum(human and not judge for judge, human in pairs)
-    return {"n": len(pairs), "missed": missed, "bound": upper_bound(missed, len(pairs), delta)}
+    return miss_bound([human and not judge for judge, human in pairs], delta)
+
+
+def miss_bound(missed: Sequence[bool], delta: float) -> dict[str, Any]:
+    """{n, missed, bound at 1 - delta} of how often a judge sees no loss where a person does, from rows drawn at random."""
+    count = sum(missed)
+    return {"n": len(missed), "missed": count, "bound": upper_bound(count, len(missed), delta)}
 
 
 def suspend(folder: Path, because: str | None) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import numpy as np
 from edgeft.router import kernel
 from edgeft.router.drafts import FEATURES, Draft, checks, features
 from edgeft.router.figures import choose_threshold
-from edgeft.router.request import Request, as_request
+from edgeft.router.prefix import cut
+from edgeft.router.request import CHARS_PER_TOKEN, Request, as_request
 
 if TYPE_CHECKING:
     from edgeft.router.policy import LoadedPolicy
@@ -38,6 +39,7 @@ class Judge:
     mean: np.ndarray  # [features]
     scale: np.ndarray
     threshold: float
+    after_tokens: int | None = None  # judges the first so many tokens (characters / 4); None: whole drafts
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,15 @@ class Verdict:
 
 
 def fit_judge(
-    rows: Sequence[tuple[str, Draft]], gain: np.ndarray, draft_scores: np.ndarray, max_loss: float = 0.01
-) -> Judge:
+    rows: Sequence[tuple[str, Draft]], gain: np.ndarray, draft_scores: np.ndarray, max_loss: float = 0.01, after_tokens: int | None = None
+) -> Judge:  # fmt: skip
     """Fit on (prompt, draft) rows, the strongest's gain over each draft [n] and the drafts' scores [n]; the threshold is chosen on
     leave-one-out predictions: the fewest escalations whose mean score is within `max_loss` of always escalating."""
-    x, mean, scale = standardised(np.array([features(prompt, draft) for prompt, draft in rows]))
+    read = [features(prompt, cut(draft, after_tokens)) for prompt, draft in rows]
+    x, mean, scale = standardised(np.array(read))
     head = kernel.fit(x, gain[:, None], WIDTHS)
     threshold = choose_threshold(head.left_out[:, 0], draft_scores, draft_scores + gain, max_loss)
-    return Judge(head, mean, scale, threshold)
+    return Judge(head, mean, scale, threshold, after_tokens)
 
 
 def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -69,7 +72,7 @@ def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def predicted_gain(judge: Judge, prompt: str, draft: Draft) -> float:
     """What the strongest would gain over this draft."""
-    x = np.clip((np.array([features(prompt, draft)]) - judge.mean) / judge.scale, -4, 4)
+    x = np.clip((np.array([features(prompt, cut(draft, judge.after_tokens))]) - judge.mean) / judge.scale, -4, 4)
     return float(kernel.predict(judge.head, x)[0, 0])
 
 
@@ -142,6 +145,12 @@ def first(
     return max(worth, key=lambda name: worth[name]), worth
 
 
+def enough(policy: LoadedPolicy, text: str) -> bool:
+    """True where what has come of a draft is all that the judge reads: it may be judged before the rest is there."""
+    tokens = policy.judge.after_tokens
+    return tokens is not None and len(text) > CHARS_PER_TOKEN * tokens
+
+
 def agreement_keeps(one: Sequence[str], two: Sequence[str]) -> np.ndarray:
     """bool [n]: where two local models' answers agree and the first one's is kept."""
     from edgeft.router.drafts import agree
@@ -156,7 +165,7 @@ def judge_tensors(judge: Judge) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "judge.bias": judge.head.bias.astype(np.float32), "judge.mean": judge.mean.astype(np.float32),
         "judge.scale": judge.scale.astype(np.float32),
     }  # fmt: skip
-    return tensors, {"features": list(FEATURES), "width": judge.head.width, "threshold": judge.threshold}
+    return tensors, {"features": list(FEATURES), "width": judge.head.width, "threshold": judge.threshold, "after_tokens": judge.after_tokens}
 
 
 def load_judge(tensors: Mapping[str, np.ndarray], block: Mapping[str, Any]) -> Judge:
@@ -177,4 +186,5 @@ def load_judge(tensors: Mapping[str, np.ndarray], block: Mapping[str, Any]) -> J
         np.asarray(tensors["judge.mean"], float),
         np.asarray(tensors["judge.scale"], float),
         block["threshold"],
+        block.get("after_tokens"),
     )

@@ -116,13 +116,14 @@ def weigh(
     scores, settings = scores_of(policy, features), policy.policy.cost
     names = [c["id"] for c in allowed]
     place = {c["id"]: i for i, c in enumerate(policy.policy.candidates)}
-    costs, latencies = [], []
+    costs, latencies, prompt = [], [], request.tokens
     for candidate in allowed:
-        tokens, step = output_tokens(policy, features, place[candidate["id"]]), place[candidate["id"]]
+        step = place[candidate["id"]]
+        tokens = output_tokens(policy, features, step)
         tokens = min(tokens, request.max_tokens) if request.max_tokens else tokens
         queue_s = state.queue_s.get(candidate["id"], 0.0)
-        costs.append(cost_of(settings, candidate, step, request.tokens, tokens, queue_s))
-        latencies.append(queue_s + seconds_of(candidate, request.tokens, tokens))
+        costs.append(cost_of(settings, candidate, step, prompt, tokens, queue_s))
+        latencies.append(queue_s + seconds_of(candidate, prompt, tokens))
     return Weighed(names, [scores[place[name]] for name in names], costs, latencies)
 
 

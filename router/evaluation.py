@@ -38,6 +38,7 @@ def report_of(policy: LoadedPolicy, joined: Joined, places: list[str]) -> dict[s
         "threshold": stored.rule["threshold"],
         "figures": found,
         "escalated_drafts": float(drafted.mean()),
+        "by_first_tokens": first_tokens(policy, joined.items, quality, float(drafted.mean())),
         "cost_unit": stored.cost.get("unit"),
         "cost_per_request": {
             "policy": float((picked(costs, choice) + drafted * costs[:, 0]).mean()),
@@ -79,6 +80,25 @@ def escalated_drafts(policy: LoadedPolicy, items: Sequence[Item]) -> list[bool]:
         return [False] * len(items)
     second = list(policy.candidates).index(block["second"]) if block["second"] else None
     return [not judge_draft(policy.judge, item.request, draft_of(item, second)).keep for item in items]
+
+
+def first_tokens(
+    policy: LoadedPolicy, items: Sequence[Item], quality: np.ndarray, share: float
+) -> dict[str, Any] | None:
+    """How well drafts could be judged after their first k tokens (router/prefix.py); None where the policy does not draft."""
+    from edgeft.router.fitting import draft_of
+    from edgeft.router.prefix import by_first_tokens
+
+    block = policy.policy.features.get("cascade")
+    if block is None:
+        return None
+    second = list(policy.candidates).index(block["second"]) if block["second"] else None
+    rows = [(item.request, draft_of(item, second)) for item in items]
+    return {
+        "after_tokens": block.get("after_tokens"),
+        "how": "judges fitted on these items, each judged by one that has not seen it; tokens are characters / 4",
+        "curve": by_first_tokens(rows, quality[:, 0], quality[:, -1], share),
+    }
 
 
 def choices(policy: LoadedPolicy, scores: np.ndarray, costs: np.ndarray) -> np.ndarray:

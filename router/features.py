@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import mul
 from typing import Any
 from zlib import crc32
 
@@ -27,12 +28,18 @@ SPEC: dict[str, Any] = {
     "max_characters": MAX_CHARACTERS,
 }
 WORD = re.compile(r"\w+")
+ASCII_WORD = re.compile(rb"\w+")
 
 
 def vector(text: str) -> dict[int, float]:
     """Column -> value, of length 1 (or empty, where the text has no word)."""
-    words = [word.encode(errors="replace") for word in WORD.findall(text[:MAX_CHARACTERS].lower())]
-    singles = [crc32(word) for word in words]
+    start = text[:MAX_CHARACTERS].lower()
+    words: list[bytes]
+    if start.isascii():  # the same words, without encoding each
+        words = ASCII_WORD.findall(start.encode())
+    else:
+        words = [word.encode(errors="replace") for word in WORD.findall(start)]
+    singles = list(map(crc32, words))
     # crc32(b, crc32(a)) is crc32(a + b): the pair "a b" without joining it.
     pairs = [crc32(b" " + word, before) for before, word in zip(singles, words[1:], strict=False)]
     found: dict[int, float] = {}
@@ -40,7 +47,8 @@ def vector(text: str) -> dict[int, float]:
         value = 1.0 if count == 1 else 1.0 + math.log(count)
         column = hashed % DIMENSIONS
         found[column] = found.get(column, 0.0) + (value if hashed >> 31 else -value)
-    length = math.sqrt(sum(value * value for value in found.values()))
+    values = found.values()
+    length = math.sqrt(sum(map(mul, values, values)))
     return {column: value / length for column, value in found.items()} if length else {}
 
 

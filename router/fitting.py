@@ -51,6 +51,7 @@ class Options:
     cascade: bool = (
         False  # fit a judge of the cheapest candidate's drafts, and of a second local one's agreement
     )
+    judge_after: int | None = None  # tokens of a draft after which it is judged; None: when it is whole
     far_share: float = 0.0  # share of fitting rows that would count as far: sets rule.far
 
 
@@ -76,7 +77,9 @@ def fit(
     to_fit, to_choose = halves(joined.items)
     tensors, heads, features = fit_heads(to_fit, options)
     if options.cascade:
-        more, features["cascade"] = fit_cascade(to_fit, joined.candidates, options.max_loss)
+        more, features["cascade"] = fit_cascade(
+            to_fit, joined.candidates, options.max_loss, options.judge_after
+        )
         tensors |= more
     scores = predicted(tensors, features, to_choose)
     quality = np.array([item.scores for item in to_choose])
@@ -173,7 +176,10 @@ def fit_heads(
 
 
 def fit_cascade(
-    items: Sequence[Item], candidates: Sequence[Mapping[str, Any]], max_loss: float
+    items: Sequence[Item],
+    candidates: Sequence[Mapping[str, Any]],
+    max_loss: float,
+    after_tokens: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, manifest block) of a judge over the cheapest candidate's drafts. Where the next cheapest is local too and is not
     the strongest, its agreement is a feature. Raises UsageError where the reports hold no answers."""
@@ -182,7 +188,7 @@ def fit_cascade(
     second = 1 if len(candidates) > 2 and not candidates[1].get("remote") else None
     rows = [(item.request, draft_of(item, second)) for item in items]
     quality = np.array([item.scores for item in items])
-    judge = fit_judge(rows, quality[:, -1] - quality[:, 0], quality[:, 0], max_loss)
+    judge = fit_judge(rows, quality[:, -1] - quality[:, 0], quality[:, 0], max_loss, after_tokens)
     tensors, block = judge_tensors(judge)
     return tensors, {
         **block,

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edgeft.router import LoadedPolicy
-from edgeft.serve import other_endpoints
+from edgeft.serve import counting, other_endpoints
 from edgeft.serve.cache import AnswerCache
 from edgeft.serve.config import Config
 from edgeft.serve.endpoints import Endpoint, generating, tenant_of
@@ -144,7 +144,7 @@ def _rest(proxy: Proxy, posts: dict[str, Endpoint]) -> Starlette:
     async def metrics(request: Request) -> Response:
         if no := keyed(request.scope):
             return no
-        proxy.metrics.moment(proxy)
+        counting.moment(proxy)
         return Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(_: Request) -> Response:

@@ -63,7 +63,7 @@ def spec_of(candidate: dict[str, Any], config: Config) -> LocalSpec:
         context=own.context or engines.context,
         threads=own.threads or engines.threads,
         slots=own.slots or engines.slots,
-        adapters=dict(own.adapters),
+        adapters={name: str(path) for name, path in own.adapters.items()},
         options={"llama_server": str(engines.llama_server)}
         if engines.llama_server and candidate["engine"] == "gguf"
         else {},

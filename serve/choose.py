@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import orjson
 from edgeft.router import LoadedPolicy, NoCandidate, Request, decide, from_openai, removed_for
 from edgeft.router.cascade import drafts, strongest_allowed
 from edgeft.router.costs import seconds_of
+from edgeft.router.heads import read
 from edgeft.router.privacy import why_private
 from edgeft.serve.prefixes import chain_of
 from edgeft.serve.protocol import CHAT, Asked, Refusal
@@ -35,6 +37,7 @@ class Plan:
     reason: str
     request: Request
     decision: Decision | None = None  # None: the request pinned a model
+    similarity: float = 1.0  # to the training rows
     draft: bool = False  # the first one's answer is judged before it is sent
     chain: tuple[bytes, ...] = ()
     adapter: str | None = None
@@ -66,7 +69,7 @@ def certificate_state(policy: LoadedPolicy, decision: Decision) -> str:
     return "valid" if decision.certified else "not-applied"
 
 
-def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
+async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
     """The plan for a request. Raises Refusal (404) for a model that is not served, (403) for one that may not take a private request,
     (400) where nobody can take it or it is longer than is allowed."""
     policy, adapter = proxy.policy, asked.options.get("adapter")
@@ -93,8 +96,14 @@ def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
     }  # fmt: skip
     if asked.model == AUTO:
         share = policy.policy.rule.get("explore")
+        # A sentence encoder takes milliseconds: not in the event loop.
+        features = (
+            await asyncio.to_thread(read, policy, request.text)
+            if policy.encoder
+            else read(policy, request.text)
+        )
         try:
-            decision = decide(policy, request, random.random() if share else 1.0, state)
+            decision = decide(policy, request, random.random() if share else 1.0, state, features)
         except NoCandidate as nobody:
             for name, reason in nobody.removed.items():
                 if reason == "not available" and name not in unable:  # it could and may: later
@@ -111,7 +120,7 @@ def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
             ) from None
         order = (decision.choice, *decision.fallbacks)
         return Plan(
-            order=order, private=decision.private, reason=decision.reason, decision=decision,
+            similarity=features.similarity, order=order, private=decision.private, reason=decision.reason, decision=decision,
             draft=asked.n == 1 and drafts(policy, decision) and not too_slow(policy, decision, request), **common,
         )  # fmt: skip
     if asked.model in policy.candidates:

@@ -106,7 +106,9 @@ class Model:
 class Logs:
     """What is written down. Never the text of a request."""
 
-    requests: str | None = None  # a file, or "stderr"; a line of JSON a request
+    requests: str | None = (
+        None  # a file (from the folder where serve runs), or "stderr"; a line of JSON a request
+    )
     decisions: Path | None = None  # for `edgeft route replay`
     decision_texts: bool = False  # with the requests' texts: only where the users agreed; private ones never
 
@@ -237,6 +239,8 @@ def _value(kind: Any, value: Any, where: str, at: str, folder: Path) -> Any:
     if value is None:
         if type(None) in options:
             return None
+        if dataclasses.is_dataclass(options[0]) or typing.get_origin(options[0]) is Mapping:
+            return _value(kind, {}, where, at, folder)  # a table whose keys are all comments
         raise UsageError(f"{where}: {at} is empty.", DOCS)
     wanted = next(o for o in options if o is not type(None))
     if dataclasses.is_dataclass(wanted):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from edgeft.serve.admission import Busy
 from edgeft.serve.choose import Plan
 from edgeft.serve.http import CLIENT_LEFT, Reply
+from edgeft.serve.logs import now
 from edgeft.serve.proxy import Proxy
+from edgeft.serve.state import certificate_of
+
+log = logging.getLogger("edgeft.serve")
 
 
 def first(proxy: Proxy, candidate_id: str, plan: Plan) -> None:
@@ -22,14 +26,14 @@ def used(proxy: Proxy, candidate_id: str, plan: Plan, usage: Mapping[str, Any] |
     """A call of an upstream has ended. Its own count of tokens, or unresolved: nothing is guessed."""
     if usage is None:
         if taken:
-            proxy.metrics.unresolved_usage(candidate_id)
+            proxy.metrics.usage_unresolved(candidate_id)
         return
     prompt, output = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     proxy.metrics.tokens_used(candidate_id, prompt, output, cached)
     usd = price_of(plan, candidate_id, prompt, output)
     if usd is not None:
-        proxy.metrics.cost(candidate_id, usd)
+        proxy.metrics.paid(candidate_id, usd, None)
         plan.told["cost_usd"] = plan.told.get("cost_usd", 0.0) + usd
 
 
@@ -51,9 +55,9 @@ def always_api_usd(plan: Plan, prompt_tokens: int, output_tokens: int) -> float 
 
 def fell_back(proxy: Proxy, candidate_id: str, error: Exception) -> None:
     """A candidate failed before it said anything, and another one is asked."""
-    proxy.metrics.fell_back(
-        candidate_id, error.why if isinstance(error, Busy) else str(getattr(error, "code", "broken"))
-    )
+    why = error.why if isinstance(error, Busy) else getattr(error, "code", None) or "broken_stream"
+    log.info("%s failed (%s): another one is asked", candidate_id, why)
+    proxy.metrics.fell_back()
 
 
 def escalated(proxy: Proxy, drafter: str, stronger: str) -> None:
@@ -75,7 +79,7 @@ def finished(proxy: Proxy, reply: Reply) -> None:
     hit = reply.cache in ("hit", "semantic")
     cost = 0.0 if hit else plan.told.get("cost_usd") if plan else None
     if always is not None:
-        proxy.metrics.always_api(always)
+        proxy.metrics.paid(reply.route, None, always)
     if proxy.live:
         proxy.live.end(
             reply.request_id,
@@ -86,21 +90,33 @@ def finished(proxy: Proxy, reply: Reply) -> None:
             cost_usd=cost,
             always_api_usd=always,
         )
-    if proxy.log or proxy.decisions:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    if plan is not None and plan.decision is not None and proxy.watch and plan.policy is proxy.policy:
+        proxy.watch.saw(plan.decision, len(plan.request.text), plan.similarity, cost)
     if proxy.decisions and plan is not None:
         proxy.decisions.write(
-            now, reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,
+            now(), reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,
             output_tokens=output, cost_usd=cost, cache=reply.cache,
         )  # fmt: skip
     if proxy.log:
-        proxy.log.request(
-            time=now, request_id=reply.request_id, tenant=reply.tenant, route=reply.route,
-            reason=reply.headers.get("x-edgeft-reason"), status=status, ttft_s=_round(reply.ttft_s), e2e_s=_round(seconds),
-            prompt_tokens=prompt, output_tokens=output, cost_usd=cost, cache=reply.cache, certificate=reply.headers.get("x-edgeft-certificate"),
-            code=reply.code,
+        told = reply.headers
+        proxy.log.write(
+            reply.request_id, status=status, e2e_s=seconds, path=reply.path, tenant=reply.tenant, route=reply.route,
+            reason=told.get("x-edgeft-reason"), ttft_s=reply.ttft_s, stream=reply.stream, cache=reply.cache,
+            certificate=told.get("x-edgeft-certificate"), prompt_tokens=prompt, output_tokens=output,
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"), cost_usd=cost, code=reply.code,
         )  # fmt: skip
 
 
 def _round(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
+
+
+def moment(proxy: Proxy) -> None:
+    """What is not counted but is so now: queues, states, the certificate."""
+    for name, admission in proxy.admissions.items():
+        proxy.metrics.queued(name, admission.in_flight, len(admission.queue))
+    for name in proxy.policy.candidates:
+        proxy.metrics.engine_state(name, proxy.state_of(name))
+    held = certificate_of(proxy)
+    if held is not None:
+        proxy.metrics.certificate_suspended(held["state"] != "valid")

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from edgeft.errors import EnvironmentFault
-
-log = logging.getLogger("edgeft.serve")
+from edgeft.serve.logs import Lines
 
 
 class DecisionLog:
     """A file that lines are added to. A disk that is full costs lines, never answers."""
 
     def __init__(self, path: Path, texts: bool) -> None:
-        """Raises EnvironmentFault where the file can't be written."""
-        self.texts, self.lost = texts, 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as error:
-            raise EnvironmentFault(
-                f"{path} can't be written: {error.strerror}.", "logs: {decisions: …}"
-            ) from None
+        """Raises EnvironmentFault where the file can't be opened."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.texts, self.lines = texts, Lines(path)
 
     def write(self, time: str, request_id: str, plan: Any, status: int, **measured: Any) -> None:
         """One request that the policy decided. `measured`: latency_s, ttft_s, prompt_tokens, output_tokens, cost_usd, cache."""
@@ -42,13 +32,8 @@ class DecisionLog:
         if self.texts and not decision.private:
             line["request"] = plan.request.text
             line["messages"] = list(plan.request.messages)
-        try:
-            os.write(self.handle, orjson.dumps(line) + b"\n")
-        except OSError as error:
-            self.lost += 1
-            if self.lost == 1:
-                log.error("the log of decisions can't be written: %s", error.strerror)
+        self.lines.put(orjson.dumps(line))
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self.handle)
+        """Write what waits, and close the file."""
+        self.lines.close()

@@ -14,6 +14,7 @@ from edgeft.serve.answer import Answer, BrokenStream, Chunk, Head
 from edgeft.serve.choose import Plan, choose, conversation_hash
 from edgeft.serve.generate import ROUTE, shared
 from edgeft.serve.http import ClientLeft, Receive, Reply, Scope, Send, bearer, read_body, while_connected
+from edgeft.serve.logs import request_id
 from edgeft.serve.protocol import CHAT, Asked, Kind, Refusal, parse
 from edgeft.serve.proxy import Proxy
 
@@ -29,7 +30,8 @@ class Endpoint:
         self.proxy, self.handle = proxy, handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply, proxy = Reply(send), self.proxy
+        reply, proxy = Reply(send, scope["path"]), self.proxy
+        request_id.set(reply.request_id)
         if proxy.live:
             proxy.live.begin(reply.request_id, False, None)
         try:
@@ -116,7 +118,8 @@ def generating(kind: Kind) -> Handler:
 
 async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chunk]:
     """The answer's chunks from cache or candidates; routes, sets the reply's headers, gathers the answer in `reply.answer`."""
-    plan = choose(proxy, asked, reply.tenant)
+    reply.stream = asked.stream
+    plan = await choose(proxy, asked, reply.tenant)
     plan.told["started_s"] = reply.started_s
     reply.plan, reply.route = plan, plan.order[0]
     reply.answer = answer = Answer()
@@ -180,7 +183,7 @@ async def look_up(proxy: Proxy, asked: Asked, plan: Plan, key: str) -> Looked:
         if same and (kept := await proxy.cache.get(same)):
             again = proxy.semantic.asked_again()
             found = Looked("miss", place=place, audited=kept[0]) if again else Looked("semantic", kept)
-    proxy.metrics.cache_lookup(found.result)
+    proxy.metrics.looked_up(found.result)
     return found
 
 

@@ -303,20 +303,16 @@ async def _once(
             counting.used(proxy, candidate_id, plan, usage, taken)
 
 
-def _placed(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> tuple[int | None, dict[str, Any]]:
+def _placed(
+    proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str
+) -> tuple[int | None, Mapping[str, Any]]:
     """(slot, the engine's own fields): which slot of a local engine, whether what lies there may be used, which adapter."""
-    features = proxy.upstreams[candidate_id].features
-    extra: dict[str, Any] = {}
-    if features.adapters:
-        extra["lora"] = [
-            {"id": place, "scale": 1.0 if name == plan.adapter else 0.0}
-            for place, name in enumerate(features.adapters)
-        ]
-    if not features.id_slot:
-        return None, extra
+    upstream = proxy.upstreams[candidate_id]
+    if not upstream.features.id_slot:
+        return None, upstream.fields(plan.adapter, None, False)
     chain = plan.chain = plan.chain or prefix_chain(asked)
     slot, mine = proxy.prefix_slots(candidate_id).take(plan.tenant, plan.adapter, chain)
-    return slot, {**extra, "id_slot": slot, "cache_prompt": mine}
+    return slot, upstream.fields(plan.adapter, slot, mine)
 
 
 def shared(proxy: Proxy, key: str | None, plan: Plan, asked: Asked) -> AsyncIterator[Chunk]:

@@ -28,8 +28,9 @@ class ClientLeft(Exception):
 class Reply:
     """The response of one request as it is sent, and what is counted of it."""
 
-    def __init__(self, send: Send) -> None:
-        self.send = send
+    def __init__(self, send: Send, path: str = "") -> None:
+        self.send, self.path = send, path
+        self.stream = False
         self.request_id = uuid.uuid4().hex
         self.started_s = time.monotonic()
         self.headers = {"x-edgeft-request-id": self.request_id}

@@ -10,6 +10,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -25,26 +26,36 @@ OUTCOMES = ("local", "api", "cache", "refused", "failed", "left")
 QUANTILES = (("p50", 0.50), ("p95", 0.95), ("p99", 0.99))
 
 
+@dataclass(slots=True)
 class _Request:
     """One that runs."""
 
-    __slots__ = ("began_s", "local", "route", "state", "stream", "tenant")
+    began_s: float
+    stream: bool
+    tenant: str | None
+    route: str | None = None
+    local: bool = False
+    state: str = "arrived"
 
-    def __init__(self, began_s: float, stream: bool, tenant: str | None) -> None:
-        self.began_s, self.stream, self.tenant = began_s, stream, tenant
-        self.state, self.route, self.local = "arrived", None, False  # type: str, str | None, bool
 
-
+@dataclass(slots=True)
 class _Counts:
     """What ended in a minute, or since the start."""
 
-    __slots__ = (
-        *OUTCOMES, "always_api_usd", "first_s", "firsts", "output_tokens", "priced", "prompt_tokens", "spend_usd", "unpriced",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
+    local: int = 0
+    api: int = 0
+    cache: int = 0
+    refused: int = 0
+    failed: int = 0
+    left: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    firsts: int = 0
+    first_s: float = 0.0  # the sum of their TTFT
+    priced: int = 0
+    unpriced: int = 0
+    spend_usd: float = 0.0
+    always_api_usd: float = 0.0
 
     def shares(self) -> dict[str, float]:
         """Counts by outcome, their total, and the shares of local, api, cache and refused in it (0 where there is none)."""

@@ -40,10 +40,14 @@ class LocalUpstream:
         self.generation += 1
         can = model.features
         self.features = Features(
-            completions=can.get("completions", False), embeddings=can.get("embeddings", False), tools=can.get("tools", False),
-            json_schema=can.get("json_schema", False), logprobs=can.get("logprobs", False), n=False,
-            adapters=tuple(can.get("adapters", ())), id_slot=can.get("id_slot", False),
-        )  # fmt: skip
+            **{
+                name: bool(can.get(name))
+                for name in ("completions", "embeddings", "tools", "json_schema", "logprobs", "id_slot")
+            },
+            n=False,
+            adapters=tuple(can.get("adapters", ())),
+        )
+        self.slots = model.slots
         self._http = HttpUpstream(
             model.url, self.spec.id, model.key, slots=self.slots, always_stream=True, trust_env=False
         )
@@ -56,7 +60,13 @@ class LocalUpstream:
         assert self._http is not None, "hold() first"
         async with aclosing(self._http.stream(kind, fields, True, extra)) as chunks:
             async for chunk in chunks:
-                yield chunk
+                if "prompt_progress" not in chunk:
+                    yield chunk
+
+    def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
+        assert self._model is not None, "hold() first"
+        own: dict[str, Any] = self._model.fields(adapter=adapter, slot=slot)
+        return own if slot is None else {**own, "cache_prompt": reuse}
 
     async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         assert self._http is not None, "hold() first"

@@ -106,7 +106,7 @@ class Proxy:
             unavailable = removed  # nobody can: the one that is chosen says why
         queues = {name: wait for name, a in self.admissions.items() if (wait := a.wait_s())}
         price = self.watch.price_of_cost() if self.watch else None
-        suspended = self.watch.suspended() if self.watch else False
+        suspended = bool(self.watch and self.watch.suspended())
         return State(frozenset(unavailable), queues, price, suspended)
 
     def remember(self, conversation: bytes, candidate_id: str) -> None:

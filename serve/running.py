@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
-
-from edgeft.serve.pool import Pool
 
 from edgeft import console
 from edgeft.router import load_policy
+from edgeft.router.calibrate import suspend
 from edgeft.serve.candidates import check, remote, spec_of
 from edgeft.serve.config import Config
 from edgeft.serve.local import LocalUpstream
+from edgeft.serve.pool import Pool
 from edgeft.serve.proxy import Proxy
 from edgeft.serve.upstream import HttpUpstream, Upstream
+from edgeft.serve.watch import Watch
 
 LOOK_EVERY_S = 5.0
 log = logging.getLogger("edgeft.serve")
@@ -50,7 +52,7 @@ class Running:
             log=open_log(self.config),
             decisions=open_decisions(self.config),
         )
-        self.proxy.watch = watch_of(self.policy)
+        self.proxy.watch = watch_of(self.policy, self.config.policy)
         return App(self.proxy)
 
     async def load(self) -> list[str]:
@@ -72,7 +74,9 @@ class Running:
         """What answers for a candidate."""
         if candidate["kind"] == "api":
             return remote(candidate, self.config)
-        return LocalUpstream(self.pool, self.pool.specs[candidate["id"]], self.config.engines.load_wait_s)
+        return LocalUpstream(
+            self.pool, self.pool.entries[candidate["id"]].spec, self.config.engines.load_wait_s
+        )
 
     async def reload(self, config: Config) -> None:
         """Take over a policy and settings. Requests that run keep what they began with. Raises EdgeftError, and nothing has changed.
@@ -90,7 +94,7 @@ class Running:
             if c["id"] in before
             and known.get(c["id"]) == c["artifact_sha256"]
             and (
-                self.pool.specs.get(c["id"]) == specs[c["id"]]
+                self.pool.spec(c["id"]) == specs[c["id"]]
                 if c["id"] in specs
                 else self.config.model(c["id"]) == config.model(c["id"])
             )
@@ -101,7 +105,7 @@ class Running:
         self.config = config
         for name, spec in specs.items():
             if name not in kept:
-                await self.pool.replace(spec)
+                self.pool.put(spec)
                 fresh[name] = LocalUpstream(self.pool, spec, config.engines.load_wait_s)
                 if self.preloaded(name):
                     await self.pool.preload([name])
@@ -110,13 +114,19 @@ class Running:
         self.proxy.upstreams = {
             c["id"]: before[c["id"]] if c["id"] in kept else fresh[c["id"]] for c in candidates
         }
-        self.proxy.policy, self.proxy.config, self.proxy.watch = policy, config, watch_of(policy)
+        self.proxy.policy, self.proxy.config, self.proxy.watch = (
+            policy,
+            config,
+            watch_of(policy, config.policy),
+        )
+        if self.proxy.log and self.proxy.log.lines:
+            self.proxy.log.lines.reopen()
         for name in gone:
             self.proxy.admissions.pop(name, None)
             self.proxy.breakers.pop(name, None)
             self.proxy.slots.pop(name, None)
-        for name in set(self.pool.specs) - set(specs):
-            await self.pool.remove(name)
+        for name in set(self.pool.entries) - set(specs):
+            self.pool.drop(name)
         asyncio.get_running_loop().call_later(
             60, lambda: [asyncio.ensure_future(u.aclose()) for u in gone.values()]
         )
@@ -167,15 +177,6 @@ def checked(config: Config) -> tuple[Any, list[dict[str, Any]]]:
     return policy, candidates
 
 
-def open_log(config: Config) -> Any:
-    """Where requests are written down, or None."""
-    if not config.logs.requests:
-        return None
-    from edgeft.serve.logs import RequestLog
-
-    return RequestLog(config.logs.requests)
-
-
 def open_semantic(config: Config) -> Any:
     """The semantic cache, or None. Raises UsageError where its calibration is not of this encoder."""
     if not (config.cache.enabled and config.cache.semantic):
@@ -192,10 +193,16 @@ def open_decisions(config: Config) -> Any:
     return DecisionLog(config.logs.decisions, config.logs.decision_texts) if config.logs.decisions else None
 
 
-def watch_of(policy: Any) -> Any:
-    """Drift and budget of a policy, or None where it has neither."""
-    try:
-        from edgeft.router.watching import Watch
-    except ImportError:
+def watch_of(policy: Any, folder: Path | None = None) -> Watch:
+    """Drift and budget of a policy; a suspension is written into its certificate where the folder is given."""
+    return Watch(policy, (lambda why: suspend(folder, why)) if folder else None)
+
+
+def open_log(config: Config) -> Any:
+    """Where requests are written down, or None. Other records then go there too, as JSON."""
+    if not config.logs.requests:
         return None
-    return Watch(policy)
+    from edgeft.serve.logs import setup
+
+    place = config.logs.requests
+    return setup(None if place == "stderr" else Path(place), quiet=console.output.quiet)

@@ -34,8 +34,10 @@ def certificate_of(proxy: Proxy) -> dict[str, Any] | None:
     held = proxy.policy.certificate
     if held is None:
         return None
-    suspended = held.get("suspended") or (
-        proxy.watch.why() if proxy.watch and proxy.watch.suspended() else None
+    suspended = (
+        (held.get("suspended_because") or "by hand")
+        if held.get("suspended")
+        else proxy.watch and proxy.watch.suspended()
     )
     state = "void" if held.get("void") else "suspended" if suspended else "valid"
     return {

@@ -58,6 +58,10 @@ class Upstream(Protocol):
         """OpenAI's answer of /v1/embeddings. Raises Refusal."""
         ...
 
+    def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
+        """The engine's own fields: its adapter, its slot, and whether what lies in the slot may be used."""
+        ...
+
     def hold(self) -> AbstractAsyncContextManager[None]:
         """Keep what answers loaded for the length of the block; loads it where it is not. Raises Refusal."""
         ...
@@ -185,6 +189,9 @@ class HttpUpstream:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
+    def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
+        return NOTHING
+
     def hold(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
@@ -248,6 +255,9 @@ class LitellmUpstream:
             raise _by_status(error) from None
         value: dict[str, Any] = response.model_dump(exclude_none=True)
         return value
+
+    def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
+        return NOTHING
 
     def hold(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()

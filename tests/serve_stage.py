@@ -81,7 +81,8 @@ def policy_of(*names: str, **changes: Any) -> LoadedPolicy:
     ]  # fmt: skip
     settings = {**rule.DEFAULTS, "threshold": 0.3}
     policy = Policy("2026-01-01T00:00:00+00:00", candidates, dict(SPEC), settings, {"max_loss": 0.01})
-    return LoadedPolicy(replace(policy, **changes), ((0.0,) * DIMENSIONS, tuple(gain)), (0.5, -0.2))
+    rows = ((0.0,) * DIMENSIONS, tuple(gain))[: len(candidates)]
+    return LoadedPolicy(replace(policy, **changes), rows, (0.5, -0.2)[: len(candidates)])
 
 
 def tensors_of(policy: LoadedPolicy) -> dict[str, Any]:

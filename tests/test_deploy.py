@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import threading
@@ -220,6 +221,31 @@ def test_what_an_interrupted_deployment_sent_is_not_sent_again(fleet, tmp_path):
     )  # another content: found out, and sent whole
     assert to(fleet, bundle, "b1", prefix=str(damaged)).state == "done"
     fleet.on("b1", f"sh {damaged}/current/service.sh {damaged} stop")
+
+
+@needs_boxes
+def test_two_deployments_to_one_box_are_not_mixed(fleet, tmp_path):
+    from edgeft.deploy.host import alone
+    from edgeft.errors import EnvironmentFault
+
+    prefix = str(tmp_path / "shared")
+    bundle = small_bundle(tmp_path / "one.tar", {"alone": 1})
+    with Box("b1", prefix, fleet.config) as mine, alone(mine):
+        second = to(fleet, bundle, "b1", prefix=prefix)
+        assert (
+            second.state == "failed"
+            and "is under way" in second.text
+            and not Path(prefix, "releases").exists()
+        )
+    with Box("b1", prefix, fleet.config) as box:
+        box.ask("lock", "dead", "somebody")
+        os.utime(Path(prefix, ".deploying"), (1, 1))
+        with alone(box):
+            assert Path(prefix, ".deploying", "token").read_text().strip() != "dead"
+        assert not Path(prefix, ".deploying").exists()
+        with pytest.raises(EnvironmentFault):
+            box.ask("lock", "a", "x")
+            box.ask("lock", "b", "y")
 
 
 @needs_boxes

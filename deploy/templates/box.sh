@@ -19,7 +19,24 @@ memory() {  # the smallest of the machine's memory and the limits of this sessio
     echo "$total"
 }
 
+lock=$prefix/.deploying
+
 case $word in
+lock)  # TOKEN WHO: one deployment at a time; one that was broken off holds it for a quarter of an hour
+    mkdir -p "$prefix"
+    if ! mkdir "$lock" 2>/dev/null; then
+        [ "$(cat "$lock/token" 2>/dev/null)" != "$3" ] || exit 0
+        if [ -z "$(find "$lock" -maxdepth 0 -mmin +15)" ]; then
+            echo "another deployment ($(cat "$lock/who" 2>/dev/null)) is under way; when it is dead: rm -r $lock" >&2
+            exit 4
+        fi
+        rm -rf "$lock"
+        mkdir "$lock"
+    fi
+    echo "$3" > "$lock/token"
+    echo "$4" > "$lock/who" ;;
+unlock)  # TOKEN
+    if [ "$(cat "$lock/token" 2>/dev/null)" = "$3" ]; then rm -rf "$lock"; fi ;;
 probe)
     mkdir -p "$store"
     echo "prefix=$(cd "$prefix" && pwd -P)"

@@ -1,4 +1,4 @@
-"""`edgeft route fit|eval|calibrate|explain|decide|replay|suspend|encoder`."""
+"""`edgeft route fit|eval|calibrate|recertify|explain|decide|replay|suspend|encoder`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import click
 from edgeft import console
 from edgeft.cli import Group, options
 from edgeft.cli.route_cache import command as cache_calibrate
+from edgeft.cli.route_recertify import recertify
 
 FOLDER = click.Path(path_type=Path)
 REPORTS = click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT...")
@@ -17,6 +18,9 @@ REPORTS = click.argument("reports", nargs=-1, required=True, type=FOLDER, metava
 @options
 def command() -> None:
     """Fit and use a routing policy."""
+
+
+command.add_command(recertify)
 
 
 @command.command("fit")
@@ -68,6 +72,12 @@ def command() -> None:
     help="Share of fitting rows that would count as far and escalate.",
 )
 @click.option("--cascade", is_flag=True, help="Fit a judge of the cheapest candidate's answers too.")
+@click.option(
+    "--judge-after",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="With --cascade: judge an answer after its first tokens (characters / 4).",
+)
 @click.option("--allow-seen-rows", is_flag=True, help="Take items that training or calibration has seen.")
 @options
 def fit_command(
@@ -134,6 +144,12 @@ def eval_command(policy: Path, reports: tuple[Path, ...], html: Path | None) -> 
         )
     for line in found["near_duplicates"]["notes"]:
         console.note(line)
+    if (drafts := found["by_first_tokens"]) and drafts["curve"]:
+        rows = [
+            (str(e["tokens"] or "whole"), f"{e['apgr']:.3f}", _ends(e["apgr_ci95"]), f"{100 * e['score_at_same_share']:.1f}")
+            for e in drafts["curve"]
+        ]
+        console.table(("first tokens", "APGR", "95 % interval", "score"), rows, title="Judging drafts early")
     console.result(found, found["verdict"])
 
 
@@ -321,6 +337,10 @@ def _settings(path: Path | None) -> dict[str, Any]:
         if name not in ("rule", "privacy"):
             raise unknown(f"{path}: the section", str(name), ("rule", "privacy"), "see docs/routing.md")
     return value
+
+
+def _ends(ends: list[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _table(found: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from edgeft.errors import missing_extra, unknown
 ENGINES = {
     "gguf": "edgeft.engines.gguf",
     "llama_cpp": "edgeft.engines.llama_cpp",  # the same files by llama-cpp-python
+    "llama_server": "edgeft.engines.llama_server",  # the same files by a llama-server binary
     "onnx": "edgeft.engines.onnx",
     "transformers": "edgeft.engines.transformers",
 }

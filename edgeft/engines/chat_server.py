@@ -1,7 +1,8 @@
-"""OpenAI's chat API over a Python generator, for engines that bring no server: one request at a time.
+"""OpenAI's API over Python generators, for engines that bring no server: one request at a time.
 
-Standard library alone, since it runs on edge boxes. A client that leaves ends the generator at the
-next token. `/tokenize`, `/apply-template` and `/completion` (of token ids) answer as llama.cpp's server does.
+Standard library alone, since it runs on edge boxes. A client that leaves, streamed to or not, ends the generator at its next
+step: a token, or a piece of the prompt (`edgeft.engines.decoding.Pace`). `/tokenize`, `/apply-template` and `/completion` (of
+token ids) answer as llama.cpp's server does.
 """
 
 from __future__ import annotations
@@ -9,40 +10,24 @@ from __future__ import annotations
 import functools
 import hmac
 import json
+import select
+import socket
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from edgeft.engines import bodies
+from edgeft.engines.bodies import CHAT, TEXT
+from edgeft.engines.decoding import BadRequest, Sampling, Steps, Token, sampling_of, until_stop
+
+__all__ = ["Chat", "Gone", "Reader", "Sampling", "Token", "compute", "features", "listen", "until_stop"]
 MAX_BODY_BYTES = 8 << 20
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """What a request asks of decoding."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
-    ignore_eos: bool
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token: the text that it completes (may be empty) and its log-probability in nats, if known."""
-
-    text: str
-    logprob: float | None
-
-
-# (messages, sampling) -> (number of prompt tokens, tokens as they come)
-Chat = Callable[[list[dict[str, Any]], Sampling], tuple[int, Iterator[Token]]]
+# (messages, sampling) -> (number of prompt tokens, what comes step by step)
+Chat = Callable[[list[dict[str, Any]], Sampling], tuple[int, Steps]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +36,15 @@ class Reader:
 
     tokenize: Callable[[str], list[int]]  # a text's ids, nothing added before or after
     render: Callable[[list[dict[str, Any]]], str]  # messages -> the prompt, the answer's turn opened
-    complete: Callable[[list[int], Sampling], Iterator[Token]]  # ids -> tokens behind them, as they come
+    complete: Callable[[list[int], Sampling], Steps]  # ids -> what comes behind them
+    begin: tuple[int, ...] = ()  # ids that stand before a plain text
+    # ids -> None after each piece that was read, at last the vector
+    embed: Callable[[list[int]], Iterator[list[float] | None]] | None = None
+    constrains: bool = False  # Sampling.schema is obeyed
+
+
+class Gone(Exception):
+    """The client has left."""
 
 
 @functools.cache
@@ -62,6 +55,14 @@ def compute() -> Executor:
     a connection llama.cpp decoded at 0.75 of its rate on two cores.
     """
     return ThreadPoolExecutor(1, "compute")
+
+
+def features(reader: Reader, **more: Any) -> dict[str, Any]:
+    """What an engine behind this server can do, as `start` tells it."""
+    return {
+        "completions": True, "embeddings": reader.embed is not None, "tools": False, "json_schema": reader.constrains,
+        "logprobs": True, "top_logprobs": True, "adapters": [], "id_slot": False, "prompt_progress": False, **more,
+    }  # fmt: skip
 
 
 def listen(
@@ -75,17 +76,29 @@ def listen(
     return int(server.server_address[1])
 
 
-def sampling_of(body: dict[str, Any]) -> Sampling:
-    """The fields of a request that are understood; others are ignored."""
-    stop = body.get("stop") or []
-    return Sampling(
-        max_tokens=int(body.get("max_completion_tokens") or body.get("max_tokens") or 256),
-        temperature=float(body.get("temperature", 1.0)),
-        top_p=float(body.get("top_p", 1.0)),
-        seed=body.get("seed"),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        ignore_eos=bool(body.get("ignore_eos")),
-    )
+def left(connection: socket.socket) -> bool:
+    """True where the other side has closed (FIN) or reset the connection."""
+    try:
+        if not select.select([connection], [], [], 0)[0]:
+            return False
+        return not connection.recv(1, socket.MSG_PEEK)
+    except (OSError, ValueError):
+        return True
+
+
+def watched(steps: Iterator[Any], connection: socket.socket) -> Iterator[Any]:
+    """What comes, the pieces of the prompt (None) left out. Raises Gone, the steps closed, where the client has left."""
+    try:
+        if left(connection):
+            raise Gone
+        for step in steps:
+            if left(connection):
+                raise Gone
+            if step is not None:
+                yield step
+    finally:
+        if close := getattr(steps, "close", None):
+            close()
 
 
 def handler(
@@ -102,7 +115,7 @@ def handler(
         def do_GET(self) -> None:
             known: dict[str, dict[str, Any]] = {
                 "/health": {"status": "ok"},
-                "/v1/models": {"object": "list", "data": [{"id": model_name}]},
+                "/v1/models": {"object": "list", "data": [{"id": model_name, "object": "model"}]},
             }
             if self.path in known:
                 self.reply(200, known[self.path])
@@ -110,97 +123,114 @@ def handler(
                 self.fail(404, f"no such path: {self.path}")
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {key}"):
-                self.fail(401, "wrong key")
-            elif self.path != "/v1/chat/completions" and not (
-                reader and self.path in ("/tokenize", "/apply-template", "/completion")
+            answer = {
+                "/v1/chat/completions": self.chat, "/v1/completions": self.text, "/v1/embeddings": self.embeddings,
+                "/completion": self.raw, "/tokenize": self.tokens, "/apply-template": self.prompt,
+            }.get(self.path)  # fmt: skip
+            length = self.headers.get("Content-Length") or "0"
+            if not hmac.compare_digest(
+                self.headers.get("Authorization", "").encode(), f"Bearer {key}".encode()
             ):
+                self.fail(401, "wrong key")
+            elif answer is None or (reader is None and self.path != "/v1/chat/completions"):
                 self.fail(404, f"no such path: {self.path}")
-            elif length > MAX_BODY_BYTES:
+            elif not length.isdigit() or int(length) > MAX_BODY_BYTES:
                 self.fail(413, f"body of {length} bytes; {MAX_BODY_BYTES} are allowed")
             else:
+                self.sent = False
                 try:
-                    body = json.loads(self.rfile.read(length))
-                    if reader and self.path == "/tokenize":
-                        self.reply(200, {"tokens": reader.tokenize(body["content"])})
-                        return
-                    if reader and self.path == "/apply-template":
-                        self.reply(200, {"prompt": reader.render(body["messages"])})
-                        return
-                    if reader and self.path == "/completion":
-                        asked = sampling_of({**body, "max_tokens": body["n_predict"]})
-                        complete = reader.complete
-                        made = turn.submit(lambda: list(until_stop(complete(body["prompt"], asked), asked)))
-                        pieces = made.result()
-                        self.reply(200, {"content": "".join(piece.text for piece in pieces)})
-                        return
-                    messages, sampling = body["messages"], sampling_of(body)
+                    answer(json.loads(self.rfile.read(int(length))))
+                except (Gone, BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True
                 except (ValueError, KeyError, TypeError) as error:
-                    self.fail(400, f"bad request: {error}")
-                    return
-                turn.submit(self.complete, body, messages, sampling).result()
+                    known = isinstance(error, BadRequest)
+                    self.broken(400, str(error) if known else f"bad request: {error}", error)
+                except Exception as error:
+                    self.broken(500, f"the engine failed: {type(error).__name__}", error)
 
-        def complete(self, body: dict[str, Any], messages: list[dict[str, Any]], sampling: Sampling) -> None:
-            head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
-            try:
-                prompt_tokens, tokens = chat(messages, sampling)
-            except ValueError as error:
-                self.fail(400, str(error))
+        def broken(self, status: int, message: str, error: Exception) -> None:
+            """Tell what went wrong, in the stream where it has begun."""
+            if status == 500:
+                print(f"failed: {type(error).__name__}", flush=True)  # no request's text in the log
+            if not self.sent:
+                self.fail(status, message)
                 return
-            if body.get("stream"):
-                self.stream(head, body, prompt_tokens, tokens, sampling)
-                return
-            pieces = list(until_stop(tokens, sampling))
-            choice: dict[str, Any] = {
-                "index": 0,
-                "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
-                "finish_reason": pieces[-1].finish_reason,
-            }
-            made = [piece.token for piece in pieces if piece.token]
-            if body.get("logprobs"):
-                choice["logprobs"] = {"content": [logprob_entry(token) for token in made]}
-            self.reply(
-                200,
-                {
-                    **head,
-                    "object": "chat.completion",
-                    "choices": [choice],
-                    "usage": usage(prompt_tokens, len(made)),
-                },
-            )
+            self.close_connection = True
+            self.event({"error": error_of(500, message)})
 
-        def stream(
-            self,
-            head: dict[str, Any],
-            body: dict[str, Any],
-            prompt_tokens: int,
-            tokens: Iterator[Token],
-            sampling: Sampling,
+        def chat(self, body: dict[str, Any]) -> None:
+            wanted = bodies.asked(body, CHAT, bool(reader and reader.constrains))
+            messages = body["messages"]
+            turn.submit(lambda: self.answer(CHAT, body, wanted, *chat(messages, wanted))).result()
+
+        def text(self, body: dict[str, Any]) -> None:
+            assert reader
+            wanted = bodies.asked(body, TEXT, reader.constrains)
+            ids, complete = ids_of(body["prompt"], reader), reader.complete
+            turn.submit(lambda: self.answer(TEXT, body, wanted, len(ids), complete(ids, wanted))).result()
+
+        def answer(
+            self, kind: str, body: dict[str, Any], wanted: Sampling, prompt_tokens: int, steps: Steps
         ) -> None:
-            head = {**head, "object": "chat.completion.chunk"}
+            """Make and send an answer; in the thread that computes."""
+            pieces = until_stop(watched(steps, self.connection), wanted)
+            streamed = bool(body.get("stream"))
+            head = bodies.head(kind, model_name, streamed)
+            if not streamed:
+                made = list(pieces)
+                count = sum(piece.token is not None for piece in made)
+                choices = [bodies.whole(kind, made, wanted)]
+                self.reply(200, {**head, "choices": choices, "usage": bodies.usage(prompt_tokens, count)})
+                return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            count = 0
+            self.sent, count = True, 0
             try:
-                for piece in until_stop(tokens, sampling):
+                for piece in pieces:
                     count += piece.token is not None
-                    choice: dict[str, Any] = {
-                        "index": 0,
-                        "delta": {"content": piece.text} if piece.text else {},
-                        "finish_reason": piece.finish_reason,
-                    }
-                    if body.get("logprobs") and piece.token:
-                        choice["logprobs"] = {"content": [logprob_entry(piece.token)]}
-                    self.event({**head, "choices": [choice]})
-                if (body.get("stream_options") or {}).get("include_usage"):
-                    self.event({**head, "choices": [], "usage": usage(prompt_tokens, count)})
-                self.chunk(b"data: [DONE]\n\n")
-                self.chunk(b"")
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
+                    self.event({**head, "choices": [bodies.part(kind, piece, wanted)]})
+            finally:
+                pieces.close()  # type: ignore[attr-defined]
+            if (body.get("stream_options") or {}).get("include_usage"):
+                self.event({**head, "choices": [], "usage": bodies.usage(prompt_tokens, count)})
+            self.chunk(b"data: [DONE]\n\n")
+            self.chunk(b"")
+
+        def embeddings(self, body: dict[str, Any]) -> None:
+            assert reader
+            if not (embed := reader.embed):
+                self.fail(501, "this engine gives no embeddings; see docs/engines.md")
+                return
+            encoding = body.get("encoding_format") or "float"
+            if encoding not in ("float", "base64"):
+                raise BadRequest("encoding_format must be float or base64")
+            given = body["input"]
+            many = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+            texts = [ids_of(text, reader) for text in (given if many else [given])]
+            vectors = [
+                turn.submit(lambda ids=ids: next(watched(embed(ids), self.connection))).result()
+                for ids in texts
+            ]
+            self.reply(200, bodies.embeddings(model_name, vectors, sum(map(len, texts)), encoding))
+
+        def raw(self, body: dict[str, Any]) -> None:
+            assert reader
+            wanted, complete = sampling_of({**body, "max_tokens": body["n_predict"]}), reader.complete
+            ids = list(body["prompt"])
+            made = turn.submit(
+                lambda: list(until_stop(watched(complete(ids, wanted), self.connection), wanted))
+            )
+            self.reply(200, {"content": "".join(piece.text for piece in made.result())})
+
+        def tokens(self, body: dict[str, Any]) -> None:
+            assert reader
+            self.reply(200, {"tokens": reader.tokenize(body["content"])})
+
+        def prompt(self, body: dict[str, Any]) -> None:
+            assert reader
+            self.reply(200, {"prompt": reader.render(body["messages"])})
 
         def event(self, value: dict[str, Any]) -> None:
             self.chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
@@ -219,58 +249,31 @@ def handler(
 
         def fail(self, status: int, message: str) -> None:
             self.close_connection = True
-            self.reply(
-                status, {"error": {"message": message, "type": "invalid_request_error", "code": status}}
-            )
+            self.reply(status, {"error": error_of(status, message)})
 
     return Handler
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What goes out next: text, the token it came with, and in the last one the reason to finish."""
-
-    text: str
-    token: Token | None
-    finish_reason: str | None = None
-
-
-def until_stop(tokens: Iterator[Token], sampling: Sampling) -> Iterator[Piece]:
-    """Pieces up to the token limit or a stop string; the last has no token and says why it ends.
-
-    Text that could be the beginning of a stop string is held back until it is clear.
-    """
-    held, longest = "", max((len(s) for s in sampling.stop), default=0)
-    for count, token in enumerate(tokens, 1):
-        held += token.text
-        found = [held.index(s) for s in sampling.stop if s in held]
-        if found:
-            yield Piece(held[: min(found)], token)
-            yield Piece("", None, "stop")
-            return
-        safe = max(0, len(held) - longest + 1) if longest else len(held)
-        yield Piece(held[:safe], token)
-        held = held[safe:]
-        if count >= sampling.max_tokens:
-            yield Piece(held, None, "length")
-            return
-    yield Piece(held, None, "stop")
-
-
-def logprob_entry(token: Token) -> dict[str, Any]:
-    """One entry of OpenAI's `logprobs.content`."""
+def error_of(status: int, message: str) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = {401: "authentication_error", 501: "not_supported_error"}.get(status)
     return {
-        "token": token.text,
-        "logprob": token.logprob,
-        "bytes": list(token.text.encode()),
-        "top_logprobs": [],
+        "message": message,
+        "type": kind or ("server_error" if status >= 500 else "invalid_request_error"),
+        "code": status,
     }
 
 
-def usage(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
-    """OpenAI's usage block."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": output_tokens,
-        "total_tokens": prompt_tokens + output_tokens,
-    }
+def ids_of(given: Any, reader: Reader) -> list[int]:
+    """The ids of a text, or the ids that were given. Raises BadRequest for anything else."""
+    if isinstance(given, list) and len(given) == 1 and not isinstance(given[0], int):
+        given = given[0]
+    if isinstance(given, str):
+        ids = [*reader.begin, *reader.tokenize(given)]
+    elif isinstance(given, list) and all(type(one) is int and one >= 0 for one in given):
+        ids = given
+    else:
+        raise BadRequest("this engine takes one text or one list of token ids a request")
+    if not ids:
+        raise BadRequest("the text is empty")
+    return ids

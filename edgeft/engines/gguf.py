@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeft.engines import micro_batch
 from edgeft.errors import UsageError
 
 REQUIRES = {"xllamacpp": "gguf"}
@@ -18,23 +19,133 @@ _alive: list[Any] = []  # the server lives as long as its object
 
 
 def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Load the GGUF file in `folder` and listen. Runs in a worker process."""
-    import xllamacpp as llama
+    """Load the GGUF file in `folder` and listen. Runs in a worker process.
+
+    With `batch_s` no batch of a prompt takes longer: the contract about clients that leave (docs/engines.md).
+    """
     from xllamacpp import __version__
 
-    model, adapter = model_and_adapter(folder)
+    model, beside = files_of(folder, options)
+    if batch_s := options.get("batch_s"):
+        options = micro_batched(
+            model, "gguf", options, batch_s, lambda trial: listening(model, beside, trial)
+        )
+    server = listening(model, beside, options)
+    _alive.append(server)
+    port = port_of(server)
+    return {
+        "port": port,
+        "build": f"xllamacpp {__version__}",
+        "load_mode": "mmap",
+        **told(port, options, list(options.get("adapters") or {})),
+    }
+
+
+def files_of(folder: Path, options: dict[str, Any]) -> tuple[Path, list[tuple[Path, float]]]:
+    """The model's file, and adapters' files with the scale that they begin with: one of the folder's own 1, those by request 0.
+
+    Raises UsageError where an adapter belongs to another base.
+    """
+    model, own = model_and_adapter(folder)
+    named = {name: Path(path) for name, path in (options.get("adapters") or {}).items()}
+    if own and named:
+        raise UsageError(
+            f"{folder} is an adapter itself.", "name its base as the model to switch adapters by request"
+        )
+    for name, path in named.items():
+        if not path.exists():
+            raise UsageError(
+                f"the adapter '{name}' is missing: there is no {path}.",
+                "edgeft compress … --to gguf-lora:f16",
+            )
+        if path.is_dir() and (path / "base.json").is_file():
+            base = model_and_adapter(path)[0]
+            if base.stat().st_size != model.stat().st_size or base.name != model.name:
+                raise UsageError(
+                    f"the adapter '{name}' is for {base.name}, not for {model.name}.",
+                    "edgeft compress … --to gguf-lora:…",
+                )
+    return model, [(own, 1.0)] if own else [(gguf_file(path), 0.0) for path in named.values()]
+
+
+def micro_batched(
+    model: Path, engine: str, options: dict[str, Any], batch_s: float, serve: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """The options with a batch of at most `batch_s`. Where this box does not know the file's speed, a server by `serve` is asked first."""
+    note = micro_batch.note_of(model, engine, options)
+    speed = micro_batch.known_speed(note)
+    if speed is None:
+        trial = serve(
+            {
+                **options,
+                "batch": micro_batch.TRIAL,
+                "ubatch": micro_batch.TRIAL,
+                "slots": 1,
+                "context": 4 * micro_batch.TRIAL,
+            }
+        )
+        try:
+            speed = micro_batch.measured_speed(port_of(trial), options["key"])
+        finally:
+            close = getattr(trial, "close", None)  # xllamacpp's server ends with its object
+            if close:
+                close()
+            del trial
+        micro_batch.remember(note, speed)
+    return micro_batch.within(speed, batch_s, options)
+
+
+def port_of(server: Any) -> int:
+    """The port that a server listens on."""
+    return int(server.listening_address.rsplit(":", 1)[1])
+
+
+def told(port: int, options: dict[str, Any], adapters: list[str]) -> dict[str, Any]:
+    """`slots`, `batch` and `features` of llama.cpp's server, asked where the chat template decides."""
+    caps = micro_batch.ask(port, options["key"], "/props").get("chat_template_caps") or {}
+    return {
+        "slots": slots_of(options),
+        "batch": options.get("batch"),
+        "features": {
+            "completions": True, "embeddings": pooling_of(options) or False, "tools": bool(caps.get("supports_tools")), "json_schema": True,
+            "logprobs": True, "top_logprobs": True, "adapters": adapters, "id_slot": True, "prompt_progress": True,
+        },
+    }  # fmt: skip
+
+
+def slots_of(options: dict[str, Any]) -> int:
+    """Requests at a time: `slots`, each with a context of its own, or `parallel`, which share one."""
+    return int(options.get("slots") or options.get("parallel") or 1)
+
+
+def pooling_of(options: dict[str, Any]) -> str | None:
+    """How embeddings are pooled, `last` where nothing is said, None where none are wanted."""
+    wanted = options.get("embeddings")
+    return ("last" if wanted is True else str(wanted)) if wanted else None
+
+
+def listening(model: Path, beside: list[tuple[Path, float]], options: dict[str, Any]) -> Any:
+    """xllamacpp's server for a model with adapters beside it."""
+    import xllamacpp as llama
+
     p = llama.CommonParams()
     p.model.path = str(model)
-    if adapter:
+    adapters = []
+    for path, scale in beside:
         loaded = llama.CommonAdapterLoraInfo()
-        loaded.path, loaded.scale = str(adapter), 1.0
-        p.lora_adapters = [loaded]
+        loaded.path, loaded.scale = str(path), scale
+        adapters.append(loaded)
+    p.lora_adapters = adapters
     p.model_alias = {options["name"]}
-    p.n_ctx = options["context"]
-    p.n_parallel = options.get("parallel", 1)  # slots, which share the context
+    p.n_parallel = slots_of(options)
+    p.n_ctx = options["context"] * (p.n_parallel if "slots" in options else 1)
+    p.kv_unified = False  # a slot's context is its own: one long request takes none of another's
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = options["threads"]
     p.n_gpu_layers = options.get("gpu_layers", 0)
     set_run_options(llama, p, options)
+    if pooling := pooling_of(options):
+        p.embedding = True
+        p.pooling_type = getattr(llama.llama_pooling_type, f"LLAMA_POOLING_TYPE_{pooling.upper()}")
     p.fit_params = False
     p.load_mode = llama.llama_load_mode.LLAMA_LOAD_MODE_MMAP
     p.api_keys = [options["key"]]
@@ -46,13 +157,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     p.cache_ram_mib = 0
     p.cache_idle_slots = False
     p.verbosity = 1
-    server = llama.Server(p)
-    _alive.append(server)
-    return {
-        "port": int(server.listening_address.rsplit(":", 1)[1]),
-        "build": f"xllamacpp {__version__}",
-        "load_mode": "mmap",
-    }
+    return llama.Server(p)
 
 
 def set_run_options(llama: Any, p: Any, options: dict[str, Any]) -> None:

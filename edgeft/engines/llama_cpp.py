@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeft.engines.chat_server import Reader, Sampling, Token, listen
+from edgeft.engines.chat_server import Reader, features, listen
+from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, log_softmax
+from edgeft.engines.decoding import likeliest as likeliest_of
 from edgeft.engines.gguf import logits, logits_build, model_and_adapter
 from edgeft.errors import UsageError
 
@@ -27,7 +28,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     file, adapter = model_and_adapter(folder)
-    if adapter:
+    if adapter or options.get("adapters"):
         raise UsageError(f"{folder} is an adapter to be loaded beside a base.", "--gguf-engine gguf loads it")
     llama.llama_backend_init()
     parameters = llama.llama_model_default_params()
@@ -55,17 +56,27 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def render(messages: list[dict[str, Any]]) -> str:
         return str(render_chat(messages=messages).prompt)  # type: ignore[arg-type]
 
-    def complete(ids: list[int], sampling: Sampling) -> Iterator[Token]:
-        return generate(llama, context, vocabulary, ids, sampling, options["context"])
+    pace = Pace(options.get("batch_s"))
 
-    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
-        ids = tokenize(render(messages))
+    def complete(ids: list[int], sampling: Sampling) -> Steps:
         if len(ids) + 1 > options["context"]:
-            raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
+            raise BadRequest(f"the prompt has {len(ids)} tokens and the context {options['context']}")
+        if max(ids) >= llama.llama_vocab_n_tokens(vocabulary):
+            raise BadRequest(f"the token id {max(ids)} is not in the vocabulary")
+        return generate(llama, context, vocabulary, ids, sampling, options["context"], pace)
+
+    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Steps]:
+        ids = tokenize(render(messages))
         return len(ids), complete(ids, sampling)
 
-    port = listen(chat, options["key"], options["name"], Reader(tokenize, render, complete))
-    return {"port": port, "build": logits_build(), "load_mode": "mmap"}
+    begin = (int(llama.llama_vocab_bos(vocabulary)),) if llama.llama_vocab_get_add_bos(vocabulary) else ()
+    reader = Reader(tokenize, render, complete, begin)
+    return {
+        "port": listen(chat, options["key"], options["name"], reader),
+        "build": logits_build(),
+        "load_mode": "mmap",
+        "features": features(reader),
+    }
 
 
 def new_context(llama: Any, model: Any, options: dict[str, Any]) -> Any:
@@ -90,21 +101,20 @@ def new_context(llama: Any, model: Any, options: dict[str, Any]) -> Any:
 
 
 def generate(
-    llama: Any, context: Any, vocabulary: Any, ids: list[int], sampling: Sampling, room: int
-) -> Iterator[Token]:
-    """Tokens after `ids`, one by one; the cache is emptied first."""
+    llama: Any, context: Any, vocabulary: Any, ids: list[int], sampling: Sampling, room: int, pace: Pace
+) -> Steps:
+    """None after each piece of the prompt, then tokens, one by one; the cache is emptied first."""
     llama.llama_memory_clear(llama.llama_get_memory(context), True)
     chain = None if sampling.temperature == 0 else sampler(llama, sampling)
     choices = llama.llama_vocab_n_tokens(vocabulary)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    step = (llama.llama_token * len(ids))(*ids)
+    size = llama.llama_n_batch(context)
     try:
-        for start in range(0, len(ids), size := llama.llama_n_batch(context)):
-            part = ctypes.cast(
-                ctypes.byref(step, start * ctypes.sizeof(llama.llama_token)),
-                ctypes.POINTER(llama.llama_token),
-            )
-            decode(llama, context, part, min(size, len(ids) - start))
+        for part in pace.pieces(ids):
+            for start in range(0, len(part), size):
+                few = part[start : start + size]
+                decode(llama, context, (llama.llama_token * len(few))(*few), len(few))
+            yield None
         token = (llama.llama_token * 1)()
         for _ in range(min(sampling.max_tokens, room - len(ids))):
             token[0] = (
@@ -114,11 +124,25 @@ def generate(
             )
             if llama.llama_vocab_is_eog(vocabulary, token[0]) and not sampling.ignore_eos:
                 return
-            yield Token(decoder.decode(piece(llama, vocabulary, token[0])), None)
+            said = told(llama, context, vocabulary, choices, token[0], sampling)
+            yield Token(decoder.decode(piece(llama, vocabulary, token[0])), *said)
             decode(llama, context, token, 1)
     finally:
         if chain:
             llama.llama_sampler_free(chain)
+
+
+def told(
+    llama: Any, context: Any, vocabulary: Any, choices: int, token: int, sampling: Sampling
+) -> tuple[float | None, tuple[tuple[str, float], ...]]:
+    """(log-probability of the token, the likeliest with theirs), before any sampler; (None, ()) where they are not asked for."""
+    if not sampling.logprobs:
+        return None, ()
+    row = llama.llama_get_logits_ith(context, -1)
+    logprobs = log_softmax(np.ctypeslib.as_array(row, (choices,)))
+    top = likeliest_of(logprobs, sampling.top_logprobs)
+    texts = [piece(llama, vocabulary, one).decode(errors="replace") for one in top]
+    return float(logprobs[token]), tuple(zip(texts, (float(logprobs[one]) for one in top), strict=True))
 
 
 def likeliest(llama: Any, context: Any, choices: int) -> int:

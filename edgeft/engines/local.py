@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ class LocalModel:
     """A model that is loaded and listens on `url`; a context manager that ends its process.
 
     Attributes: url, port, key, pid, cold_start_s (spawning to ready, imports included), load_s (inside the
-    child, imports of the engine included), build (the engine's name and version), load_mode, memory (its peak, sampled from
-    the start, with `sample_memory`).
+    child, imports of the engine included), build (the engine's name and version), load_mode, slots (requests at a time), batch
+    (tokens of a prompt read at once, where the engine says it), features (what it can do: docs/engines.md), memory (its peak,
+    sampled from the start, with `sample_memory`).
     Raises EnvironmentFault where the engine can't load the folder.
     """
 
@@ -39,7 +41,9 @@ class LocalModel:
         name: str = "",
         sample_memory: bool = False,
         options: dict[str, Any] | None = None,
+        spawned: Callable[[LocalModel], None] = lambda _: None,
     ) -> None:
+        """`spawned` is called as soon as there is a process: another thread may then end a load by `close`."""
         self.folder, self.engine, self.log = folder, engine, log
         self.key = secrets.token_urlsafe(24)
         asked = dict(options or {})
@@ -70,6 +74,7 @@ class LocalModel:
             Path(group, "cgroup.procs").write_text(str(self.pid))
         self.memory = child.PeakMemory(self.pid) if sample_memory else None
         try:
+            spawned(self)
             reply = self._order({"engine": engine, "folder": str(folder), "options": self.options})
         except BaseException:
             self.close()
@@ -80,6 +85,9 @@ class LocalModel:
         self.load_s = float(reply["load_s"])
         self.build = str(reply["build"])
         self.load_mode = str(reply["load_mode"])
+        self.slots = int(reply.get("slots", 1))
+        self.batch: int | None = reply.get("batch")
+        self.features: dict[str, Any] = reply.get("features", {})
 
     def _order(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
@@ -97,6 +105,29 @@ class LocalModel:
         if "failed" in reply:
             raise EnvironmentFault(f"{self.folder.name} did not load: {reply['failed']}", f"less {self.log}")
         return reply
+
+    def fields(
+        self, *, adapter: str | None = None, slot: int | None = None, stream: bool = True
+    ) -> dict[str, Any]:
+        """What to add to a request's body: its adapter (None: the base), its slot, and being told of a prompt's progress.
+
+        llama.cpp's server sees that a client has left before the first token only while it reports progress; drop the chunks with
+        `prompt_progress`. A request that names no adapter would be answered out of the slot's cache of another one, so
+        each names them all. Raises KeyError for an adapter that is not loaded.
+        """
+        named: list[str] = self.features.get("adapters", [])
+        if adapter is not None and adapter not in named:
+            raise KeyError(adapter)
+        found: dict[str, Any] = {}
+        if named:
+            found["lora"] = [
+                {"id": index, "scale": float(name == adapter)} for index, name in enumerate(named)
+            ]
+        if slot is not None and self.features.get("id_slot"):
+            found["id_slot"] = slot
+        if stream and self.features.get("prompt_progress"):
+            found["return_progress"] = True
+        return found
 
     def alive(self) -> bool:
         """True while the process runs."""

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeft.engines.chat_server import Reader, Sampling, Token, listen
+from edgeft.engines.chat_server import Reader, features, listen
+from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, likeliest, log_softmax
+from edgeft.errors import UsageError
 
 REQUIRES = {"onnxruntime_genai": "onnx", "tokenizers": "onnx"}
 
@@ -23,6 +25,11 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     import onnxruntime_genai as og
     from tokenizers import Tokenizer
 
+    if options.get("adapters"):
+        raise UsageError(
+            "the engine 'onnx' switches no adapters by request.",
+            "a gguf-lora artefact and the engine 'gguf' do",
+        )
     model = load(folder, options)
     tokenizer = og.Tokenizer(model)
     reads = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -35,17 +42,41 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
-    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
+    pace = Pace(options.get("batch_s"))
+
+    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Steps]:
         ids = tokenize(render(messages))
         return len(ids), complete(ids, sampling)
 
-    def complete(ids: list[int], sampling: Sampling) -> Iterator[Token]:
+    def complete(ids: list[int], sampling: Sampling) -> Steps:
         if len(ids) + 1 > options["context"]:
-            raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
-        return generate(model, tokenizer, ids, sampling, options["context"])
+            raise BadRequest(f"the prompt has {len(ids)} tokens and the context {options['context']}")
+        if max(ids) >= reads.get_vocab_size():
+            raise BadRequest(f"the token id {max(ids)} is not in the vocabulary")
+        return generate(model, tokenizer, reads, ids, sampling, options["context"], pace)
 
-    port = listen(chat, options["key"], options["name"], Reader(tokenize, render, complete))
-    return {"port": port, "build": f"onnxruntime-genai {version('onnxruntime-genai')}", "load_mode": "read"}
+    begin = tuple(reads.encode("", add_special_tokens=True).ids)
+    reader = Reader(tokenize, render, complete, begin, constrains=guided(model))
+    return {
+        "port": listen(chat, options["key"], options["name"], reader),
+        "build": f"onnxruntime-genai {version('onnxruntime-genai')}",
+        "load_mode": "read",
+        "features": features(reader),
+    }
+
+
+def guided(model: Any) -> bool:
+    """True where this build of onnxruntime-genai can hold answers to a JSON schema: some wheels come without."""
+    import onnxruntime_genai as og
+
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=8)
+    try:
+        parameters.set_guidance("json_schema", '{"type": "object"}')
+        og.Generator(model, parameters)
+    except Exception:
+        return False
+    return True
 
 
 def load(folder: Path, options: dict[str, Any]) -> Any:
@@ -60,8 +91,10 @@ def load(folder: Path, options: dict[str, Any]) -> Any:
     return og.Model(config)
 
 
-def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, context: int) -> Iterator[Token]:
-    """Tokens after `ids`, one by one."""
+def generate(
+    model: Any, tokenizer: Any, reads: Any, ids: list[int], sampling: Sampling, context: int, pace: Pace
+) -> Steps:
+    """None after each piece of the prompt, then tokens, one by one."""
     import numpy as np
     import onnxruntime_genai as og
 
@@ -76,16 +109,32 @@ def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, con
         if sampling.seed is not None:
             wanted["random_seed"] = sampling.seed
     parameters.set_search_options(**wanted)
+    if sampling.schema is not None:
+        parameters.set_guidance("json_schema", sampling.schema)
     generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(ids, dtype=np.int32))
+    for piece in pace.pieces(ids):
+        generator.append_tokens(np.array(piece, dtype=np.int32))
+        yield None
     stream = tokenizer.create_stream()
     ends = {int(e) for e in tokenizer.eos_token_ids}
     while not generator.is_done():
+        logprobs = None
+        if sampling.logprobs:
+            logprobs = log_softmax(np.asarray(generator.get_logits(), dtype=np.float32).reshape(-1))
         generator.generate_next_token()
         token = int(generator.get_next_tokens()[0])
         if token in ends:
             return
-        yield Token(stream.decode(token), None)
+        if logprobs is None:
+            yield Token(stream.decode(token), None)
+            continue
+        top = likeliest(logprobs, sampling.top_logprobs)
+        texts = [reads.decode([one], skip_special_tokens=False) for one in top]
+        yield Token(
+            stream.decode(token),
+            float(logprobs[token]),
+            tuple(zip(texts, (float(logprobs[one]) for one in top), strict=True)),
+        )
 
 
 def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Iterator[Any]:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgeft.engines.chat_server import Reader, Sampling, Token, listen
+from edgeft.engines.chat_server import Reader, features, listen
+from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, likeliest
+from edgeft.errors import UsageError
 
 REQUIRES = {"torch": "compress", "transformers": "compress"}
 
@@ -15,23 +17,47 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load the model in `folder` and listen. Runs in a worker process."""
     import transformers
 
+    if options.get("adapters"):
+        raise UsageError(
+            "the engine 'transformers' switches no adapters by request.",
+            "a gguf-lora artefact and the engine 'gguf' do",
+        )
     model, tokenizer = load(folder, options["threads"])
+    pace = Pace(options.get("batch_s"))
 
-    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Iterator[Token]]:
+    def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Steps]:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return len(ids), complete(ids, sampling)
 
-    def complete(ids: list[int], sampling: Sampling) -> Iterator[Token]:
-        if len(ids) + 1 > options["context"]:
-            raise ValueError(f"the prompt has {len(ids)} tokens and the context {options['context']}")
-        return generate(model, tokenizer, ids, sampling)
+    def complete(ids: list[int], sampling: Sampling) -> Steps:
+        must_fit(ids, options["context"], model.config.get_text_config().vocab_size)
+        return generate(model, tokenizer, ids, sampling, pace)
+
+    def embed(ids: list[int]) -> Iterator[list[float] | None]:
+        must_fit(ids, options["context"] + 1, model.config.get_text_config().vocab_size)
+        return embedding(model, ids, pace, options.get("embeddings") == "mean")
 
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    reader = Reader(lambda text: tokenizer.encode(text, add_special_tokens=False), render, complete)
-    port = listen(chat, options["key"], options["name"], reader)
-    return {"port": port, "build": f"transformers {transformers.__version__}", "load_mode": "read"}
+    begin = tuple(tokenizer.build_inputs_with_special_tokens([]))
+    reader = Reader(
+        lambda text: tokenizer.encode(text, add_special_tokens=False), render, complete, begin, embed
+    )
+    return {
+        "port": listen(chat, options["key"], options["name"], reader),
+        "build": f"transformers {transformers.__version__}",
+        "load_mode": "read",
+        "features": features(reader, embeddings=options.get("embeddings") or "last"),
+    }
+
+
+def must_fit(ids: list[int], context: int, vocabulary: int) -> None:
+    """Raises BadRequest where a prompt leaves no room for a token, or has an id that is none."""
+    if len(ids) + 1 > context:
+        raise BadRequest(f"the prompt has {len(ids)} tokens and the context {context}")
+    if max(ids) >= vocabulary:
+        raise BadRequest(f"the token id {max(ids)} is not in the vocabulary of {vocabulary}")
 
 
 def load(folder: Path, threads: int) -> tuple[Any, Any]:
@@ -49,28 +75,55 @@ def load(folder: Path, threads: int) -> tuple[Any, Any]:
     return model.eval(), load_tokenizer(folder)
 
 
-def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling) -> Iterator[Token]:
-    """Tokens after `ids`, one by one."""
+def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, pace: Pace) -> Steps:
+    """None after each piece of the prompt, then tokens, one by one."""
     import torch
     from tokenizers.decoders import DecodeStream
 
     ends = end_tokens(model, tokenizer)
     chance = torch.Generator().manual_seed(sampling.seed) if sampling.seed is not None else None
     stream = DecodeStream(ids=[], skip_special_tokens=True)
-    step, past = torch.tensor([ids]), None
-    while True:
+    past, out = None, None
+    for piece in pace.pieces(ids):
         with torch.inference_mode():
-            out = model(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
+            out = model(
+                input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True, logits_to_keep=1
+            )
         past = out.past_key_values
-        logprobs = out.logits[0, -1].float().log_softmax(-1)
+        yield None
+    while True:
+        logprobs = out.logits[0, -1].float().log_softmax(-1)  # type: ignore[union-attr]
         if sampling.ignore_eos:
             logprobs[list(ends)] = -torch.inf
         token = int(logprobs.argmax()) if sampling.temperature == 0 else draw(logprobs, sampling, chance)
         if token in ends:
             return
-        piece = stream.step(tokenizer._tokenizer, token) or ""
-        yield Token(piece, float(logprobs[token]))
-        step = torch.tensor([[token]])
+        top = likeliest(logprobs.numpy(), sampling.top_logprobs)
+        yield Token(
+            stream.step(tokenizer._tokenizer, token) or "",
+            float(logprobs[token]),
+            tuple((tokenizer.decode([one]), float(logprobs[one])) for one in top),
+        )
+        with torch.inference_mode():
+            out = model(
+                input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True, logits_to_keep=1
+            )
+        past = out.past_key_values
+
+
+def embedding(model: Any, ids: list[int], pace: Pace, mean: bool) -> Iterator[list[float] | None]:
+    """The last layer's state of the last token or the mean over all tokens, of length 1, after None for each piece."""
+    import torch
+
+    past, summed, state = None, 0.0, None
+    for piece in pace.pieces(ids):
+        with torch.inference_mode():
+            out = model.base_model(input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True)
+        past, state = out.past_key_values, out.last_hidden_state[0].float()
+        summed = summed + state.sum(0)
+        yield None
+    vector = summed if mean else state[-1]  # type: ignore[index]
+    yield (vector / vector.norm().clamp_min(1e-12)).tolist()
 
 
 def draw(logprobs: Any, sampling: Sampling, chance: Any) -> int:
