@@ -2,8 +2,8 @@
 
     python benchmarks/serving/openai_shaped.py
 
-Chat with tools, logprobs, `n`, JSON schemas, stop reasons and streams; completions, embeddings, models. It answers with what it was asked, so that a test sees what
-arrived: chat says the last message's text, a tool is called with {"asked": that text}. Texts that begin with "fail 429" give that status.
+Chat with tools, logprobs, `n`, JSON schemas, stop reasons and streams; completions, embeddings, models. It answers with what it was asked, so
+that a test sees what arrived: chat says the last message's text, a tool is called with {"asked": that text}. Texts that begin with "fail 429" give that status.
 Prints {"url": …}; used by tests/test_serve_conformance.py and benchmarks/serve_openai_suite.py.
 """
 
@@ -213,13 +213,23 @@ def stream(values: Iterator[dict[str, Any]]) -> Response:
     )
 
 
+async def unreadable(_: Request, error: Exception) -> Response:
+    """What is not shaped like OpenAI's requests is the caller's fault."""
+    return JSONResponse(
+        {"error": {"message": type(error).__name__, "type": "invalid_request_error", "code": None}}, 400
+    )
+
+
 app = Starlette(
+    exception_handlers=dict.fromkeys(
+        (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error), unreadable
+    ),
     routes=[
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/v1/models", models),
-    ]
+    ],
 )
 
 
