@@ -31,7 +31,7 @@ from serving.rivals import venv
 
 from edgeft.home import cache_dir
 
-VERSION = "2.54.0"
+VERSION, PLANTED = "2.54.0", "sk-planted-7731-the-upstreams-key"
 OPENAI = (
     f"openai[aiohttp]=={VERSION}",
     "pytest",
@@ -78,9 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         scratch = Path(name)
         upstream = stack.enter_context(stage.module("openai_shaped", scratch=scratch))
-        proxy = stack.enter_context(
-            edgeft([f"openai:{upstream.url}#{n}" for n in ("small", "large")], scratch)
-        )
+        candidates = [f"openai:{upstream.url}#{n}" for n in ("small", "large")]
+        proxy = stack.enter_context(edgeft(candidates, scratch, upstream_key=PLANTED))
         tests = rewritten(options.openai_tests or source(), scratch)
         python = options.openai_python or venv(f"openai-{VERSION}", *OPENAI)
         cases = suite(proxy, tests, python, scratch)
@@ -165,9 +164,8 @@ def suite(proxy: stage.Server, tests: Path, python: Path, scratch: Path) -> list
 
 
 def schemathesis(proxy: stage.Server, python: Path, examples: int, scratch: Path) -> dict[str, Any]:
-    """{"code", "tail"}: schemathesis on /openapi.json, looking for answers of 500 and more."""
-    headers = ["-H", f"Authorization: Bearer {proxy.key}"] if proxy.key else []
-    program = str(python.parent / "schemathesis")
+    """schemathesis on /openapi.json: its exit code and last words; how many responses held what must not be there."""
+    program, kept = str(python.parent / "schemathesis"), scratch / "exchanges.har"
     command = [
         program,
         "run",
@@ -176,17 +174,16 @@ def schemathesis(proxy: stage.Server, python: Path, examples: int, scratch: Path
         "not_a_server_error",
         "-n",
         str(examples),
-        *headers,
     ]
-    done = subprocess.run(
-        command,
-        cwd=scratch,
-        env=stage.environment(PYTHONPATH=""),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {"code": done.returncode, "tail": (done.stdout + done.stderr)[-4000:]}
+    command += ["--report", "har", "--report-har-path", str(kept)]
+    command += ["-H", f"Authorization: Bearer {proxy.key}"] if proxy.key else []
+    env = stage.environment(PYTHONPATH="")
+    done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, check=False)
+    entries = json.loads(kept.read_text())["log"]["entries"]
+    secrets = ("Traceback", "site-packages", str(scratch), str(stage.HERE.parent.parent), PLANTED)
+    leaks = Counter(what for entry in entries for what in secrets if what in json.dumps(entry["response"]))
+    tail = (done.stdout + done.stderr)[-4000:]
+    return {"code": done.returncode, "tail": tail, "leaks": dict(leaks), "responses": len(entries)}
 
 
 def show(cases: list[dict[str, str]], fuzzed: dict[str, Any]) -> None:
@@ -205,13 +202,9 @@ def show(cases: list[dict[str, str]], fuzzed: dict[str, Any]) -> None:
             print(f"FAILED {case['name']}: {case['why']}")
     print(fuzzed["tail"])
     totals = Counter(case["outcome"] for case in cases)
-    holds = not totals["failed"] and bool(totals["passed"]) and fuzzed["code"] == 0
-    found = {
-        "holds": holds,
-        **{outcome: totals[outcome] for outcome in outcomes},
-        "schemathesis_exit": fuzzed["code"],
-        "openai": VERSION,
-    }
+    holds = not totals["failed"] and bool(totals["passed"]) and fuzzed["code"] == 0 and not fuzzed["leaks"]
+    found = {"holds": holds, **{outcome: totals[outcome] for outcome in outcomes}, "openai": VERSION}
+    found |= {"schemathesis_exit": fuzzed["code"], "responses": fuzzed["responses"], "leaks": fuzzed["leaks"]}
     stage.show(table, found)
     sys.exit(0 if holds else 1)
 

@@ -3,8 +3,8 @@
     python benchmarks/serve_streams.py MODEL.gguf [--rounds 5] [--tokens 128] [--llama-python PYTHON | --no-llama]
 
 Engine alone and proxy are the same child process of edgeft, spoken to in turns: what the proxy takes. edgeft with the file as its candidate
-(its own slots and queue) is compared with `python -m llama_cpp.server` on the same file and threads. Greedy, a different short prompt a stream, tokens as
-the servers' own usage counts them, over the wall time of all streams of a turn. Rotating rounds, medians.
+(its own slots and queue) is compared with `python -m llama_cpp.server` on the same file and threads. Greedy, a different short prompt a
+stream, tokens as the servers' own usage counts them, over the wall time of all streams of a turn. Rotating rounds, medians.
 Must reach: proxy / engine 0.97 at 1 and 8 streams; edgeft / llama_cpp.server 3.2 at 8. Prints a table and one JSON line.
 """
 

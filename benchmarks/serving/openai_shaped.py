@@ -3,7 +3,8 @@
     python benchmarks/serving/openai_shaped.py
 
 Chat with tools, logprobs, `n`, JSON schemas, stop reasons and streams; completions, embeddings, models. It answers with what it was asked, so
-that a test sees what arrived: chat says the last message's text, a tool is called with {"asked": that text}. Texts that begin with "fail 429" give that status.
+that a test sees what arrived: chat says the last message's text, a tool is called with {"asked": that text}. Texts that begin with
+"fail 429" give that status.
 Prints {"url": …}; used by tests/test_serve_conformance.py and benchmarks/serve_openai_suite.py.
 """
 
