@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter, mul
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ class Features:
     sparse: dict[int, float]  # hashed words and word pairs: column -> value
     similarity: float  # to the training rows, 0..1: share of the text's weight in columns that training saw
     embedding: Any = None  # float32 [E], of length 1
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what was computed of them already
 
 
 def read(policy: LoadedPolicy, text: str) -> Features:
@@ -62,8 +63,12 @@ def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
 def scores_of(policy: LoadedPolicy, features: Features) -> list[float]:
     """Expected score of every candidate, cheapest first. Gains are clipped to -1..1, levels are left as they come out: only
     differences decide, and a clip would make ties of them."""
-    first, *gains = outputs_of(policy, features)
-    return [first, *(first + min(1.0, max(-1.0, gain)) for gain in gains)]
+    known = features.known.get("scores")
+    if known is None or known[0] is not policy.weights:
+        first, *gains = outputs_of(policy, features)
+        found = [first, *(first + min(1.0, max(-1.0, gain)) for gain in gains)]
+        known = features.known["scores"] = (policy.weights, found)
+    return list(known[1])
 
 
 def output_tokens(policy: LoadedPolicy, features: Features, place: int) -> float:
@@ -72,5 +77,9 @@ def output_tokens(policy: LoadedPolicy, features: Features, place: int) -> float
     weights = policy.arrays.get("tokens.weights")
     if weights is None:
         return candidate.get("mean_output_tokens") or 0.0
-    log = float(policy.arrays["tokens.bias"][place]) + dot(weights[place], features.sparse)
-    return max(0.0, math.expm1(min(log, 12.0)))
+    known = features.known.get(place)
+    if known is None or known[0] is not weights:
+        log = float(policy.arrays["tokens.bias"][place]) + dot(weights[place], features.sparse)
+        known = features.known[place] = (weights, max(0.0, math.expm1(min(log, 12.0))))
+    tokens: float = known[1]
+    return tokens

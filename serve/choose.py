@@ -14,7 +14,7 @@ import orjson
 from edgeft.router import LoadedPolicy, NoCandidate, Request, decide, from_openai, removed_for
 from edgeft.router.cascade import drafts, strongest_allowed
 from edgeft.router.costs import seconds_of
-from edgeft.router.heads import read
+from edgeft.router.heads import Features, read
 from edgeft.router.privacy import why_private
 from edgeft.serve.prefixes import chain_of
 from edgeft.serve.protocol import CHAT, Asked, Refusal
@@ -22,6 +22,7 @@ from edgeft.serve.proxy import AUTO, Proxy
 from edgeft.serve.upstream import not_ready
 from edgeft.types import Decision
 
+MOST_FEATURES = 256
 LIMITS = ("floor", "max_cost", "max_latency_s")
 
 
@@ -96,12 +97,7 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
     }  # fmt: skip
     if asked.model == AUTO:
         share = policy.policy.rule.get("explore")
-        # A sentence encoder takes milliseconds: not in the event loop.
-        features = (
-            await asyncio.to_thread(read, policy, request.text)
-            if policy.encoder
-            else read(policy, request.text)
-        )
+        features = await features_of(proxy, policy, request.text)
         try:
             decision = decide(policy, request, random.random() if share else 1.0, state, features)
         except NoCandidate as nobody:
@@ -142,6 +138,18 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
         param="model",
         code="model_not_found",
     )
+
+
+async def features_of(proxy: Proxy, policy: LoadedPolicy, text: str) -> Features:
+    """What the heads read of a text; of the last few hundred texts, kept: what comes from the cache was asked before."""
+    known = proxy.features.get(text)
+    if known is None or known[0] is not policy:
+        # A sentence encoder takes milliseconds: not in the event loop.
+        fresh = await asyncio.to_thread(read, policy, text) if policy.encoder else read(policy, text)
+        known = proxy.features[text] = (policy, fresh)
+        if len(proxy.features) > MOST_FEATURES:
+            proxy.features.popitem(last=False)
+    return known[1]
 
 
 def request_of(asked: Asked, tenant: str | None) -> Request:

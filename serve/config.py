@@ -102,6 +102,9 @@ class Model:
     ca_file: Path | None = None
 
 
+NOTHING_SAID = Model()
+
+
 @dataclass(frozen=True)
 class Logs:
     """What is written down. Never the text of a request."""
@@ -130,7 +133,7 @@ class Config:
 
     def model(self, candidate_id: str) -> Model:
         """What is said of one candidate."""
-        return self.models.get(candidate_id, Model())
+        return self.models.get(candidate_id, NOTHING_SAID)
 
 
 def load(path: Path) -> Config:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -31,7 +31,7 @@ class Reply:
     def __init__(self, send: Send, path: str = "") -> None:
         self.send, self.path = send, path
         self.stream = False
-        self.request_id = uuid.uuid4().hex
+        self.request_id = os.urandom(16).hex()
         self.started_s = time.monotonic()
         self.headers = {"x-edgeft-request-id": self.request_id}
         self.route = "none"

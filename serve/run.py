@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import ipaddress
 import logging
@@ -18,7 +19,7 @@ from edgeft.errors import EdgeftError, UsageError, missing_extra
 from edgeft.home import cache_dir
 from edgeft.serve.config import Config, secret
 
-PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "safetensors", "aiohttp")
+PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "safetensors", "httptools")
 BACKLOG = 2048
 HEALTH_EVERY_S = 5.0
 log = logging.getLogger("edgeft.serve")
@@ -119,6 +120,10 @@ class Runner:
             names = await self.running.load()
             console.note(f"ready: {url}/v1, model 'auto' or {' or '.join(repr(name) for name in names)}")
             console.result({"url": url, "ready": True})
+            # What is loaded stays: the collector need not walk through it again for every few hundred requests.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(20_000, 20, 50)
         except asyncio.CancelledError:
             raise
         except Exception as error:

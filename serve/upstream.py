@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ import orjson
 from edgeft.serve import sse
 from edgeft.serve.answer import BrokenStream, Chunk, chunks_of
 from edgeft.serve.protocol import Kind, Refusal
+from edgeft.serve.proxied import ProxiedWire, applies
+from edgeft.serve.wire import Wire
 
 REMOTE_SLOTS = 64
 MAX_ANSWER_BYTES = 64 << 20
@@ -99,94 +101,58 @@ class HttpUpstream:
         self.headers = {"Content-Type": "application/json"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
-        self.trust_env, self.connect_s, self.silence_s = trust_env, connect_s, silence_s
-        self.tls = ssl.create_default_context(cafile=str(ca_file)) if ca_file else True
-        self._session: Any = None
-
-    def session(self) -> Any:
-        """The connections; made in the event loop that uses them."""
-        if self._session is None:
-            import aiohttp
-
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.connect_s, sock_read=self.silence_s)
-            self._session = aiohttp.ClientSession(
-                timeout=timeout,
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30, ssl=self.tls),
-                trust_env=self.trust_env,
-                headers=self.headers,
-                auto_decompress=True,
-                skip_auto_headers=("User-Agent",),
-            )
-        return self._session
+        tls = ssl.create_default_context(cafile=str(ca_file)) if ca_file else None
+        kind = ProxiedWire if trust_env and applies(url) else Wire
+        self.wire = kind(url, self.headers, connect_s, silence_s, tls)
+        self.connect_s = connect_s
 
     async def stream(
         self, kind: Kind, fields: Mapping[str, Any], stream: bool = True, extra: Mapping[str, Any] = NOTHING
     ) -> AsyncGenerator[Chunk]:
-        import aiohttp
-
         body: dict[str, Any] = {**fields, **extra, "model": self.model}
-        if stream or self.always_stream:
+        if streamed := stream or self.always_stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         data, started = orjson.dumps(body), False
         try:
-            async with await self._post(kind.path, data) as response:
-                if response.status != 200:
-                    raise refused(
-                        response.status, await _message(response), response.headers.get("Retry-After")
-                    )
-                if response.content_type == "text/event-stream" or (
-                    "stream" in body and response.content_type != "application/json"
+            async with self.wire.ask("POST", kind.path, data) as answer:
+                if answer.status != 200:
+                    raise await refusal_of(answer)
+                if answer.content_type == "text/event-stream" or (
+                    streamed and answer.content_type != "application/json"
                 ):
-                    async with aclosing(sse.read(response.content.iter_any())) as chunks:
+                    async with aclosing(sse.read(answer.parts())) as chunks:
                         async for chunk in chunks:
                             started = True
                             yield chunk
                 else:
-                    for chunk in chunks_of(await _json(response), kind):
+                    for chunk in chunks_of(await _json(answer), kind):
                         started = True
                         yield chunk
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except OSError as error:
             if started:
                 raise BrokenStream(f"the connection broke ({type(error).__name__})") from None
             raise unreachable(error) from None
 
     async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        import aiohttp
-
         try:
-            async with await self._post(
-                "/v1/embeddings", orjson.dumps({**fields, "model": self.model})
-            ) as response:
-                if response.status != 200:
-                    raise refused(
-                        response.status, await _message(response), response.headers.get("Retry-After")
-                    )
-                value = await _json(response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            async with self.wire.ask(
+                "POST", "/v1/embeddings", orjson.dumps({**fields, "model": self.model})
+            ) as answer:
+                if answer.status != 200:
+                    raise await refusal_of(answer)
+                value = await _json(answer)
+        except OSError as error:
             raise unreachable(error) from None
         if not isinstance(value, dict) or not isinstance(value.get("data"), list):
             raise BrokenStream("the answer has no data")
         return value
 
-    async def _post(self, path: str, data: bytes) -> Any:
-        """The response, once its headers are here. A kept connection that the server has hung up is tried once more."""
-        import aiohttp
-
-        session = self.session()
-        try:
-            return await session.post(f"{self.url}{path}", data=data, allow_redirects=False)
-        except aiohttp.ServerDisconnectedError:
-            return await session.post(f"{self.url}{path}", data=data, allow_redirects=False)
-
     async def healthy(self) -> bool:
         """True where the server answers at all."""
-        import aiohttp
-
         try:
-            timeout = aiohttp.ClientTimeout(total=self.connect_s)
-            async with self.session().get(f"{self.url}/v1/models", timeout=timeout) as response:
-                return bool(response.status < 500)
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            async with self.wire.ask("GET", "/v1/models", silence_s=self.connect_s) as answer:
+                return answer.status < 500
+        except OSError:
             return False
 
     def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
@@ -199,8 +165,7 @@ class HttpUpstream:
         return "ready"
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self.wire.aclose()
 
 
 class LitellmUpstream:
@@ -348,25 +313,33 @@ def seconds(retry_after: str | None) -> float | None:
         return None
 
 
-async def _json(response: Any) -> Any:
+async def refusal_of(answer: Any) -> Refusal:
+    """What is told of an answer that is none."""
+    return refused(answer.status, await _message(answer), answer.headers.get("retry-after"))
+
+
+async def _json(answer: Any) -> Any:
     parts: list[bytes] = []
     size = 0
-    chunks: AsyncIterator[bytes] = response.content.iter_any()
-    async for part in chunks:
+    async for part in answer.parts():
         size += len(part)
         if size > MAX_ANSWER_BYTES:
             raise BrokenStream("the answer has no end")
         parts.append(part)
     try:
-        return orjson.loads(b"".join(parts))
+        return orjson.loads(parts[0] if len(parts) == 1 else b"".join(parts))
     except orjson.JSONDecodeError:
         raise BrokenStream("the answer is not JSON") from None
 
 
-async def _message(response: Any) -> str:
+async def _message(answer: Any) -> str:
     """The message in an error's body, at most 300 characters."""
     try:
-        body = await response.content.read(65536)
+        body = b""
+        async for part in answer.parts():
+            body += part
+            if len(body) > 65536:
+                break
         found = orjson.loads(body)["error"]
         return str(found["message"] if isinstance(found, dict) else found)[:300]
     except (orjson.JSONDecodeError, KeyError, TypeError):

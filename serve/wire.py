@@ -1,0 +1,235 @@
+"""HTTP/1.1 to one upstream over raw asyncio: kept connections, answers as they come, leaving in the middle closes the connection.
+
+aiohttp costs the proxy a third of its requests a second; it is used where a proxy of the environment stands between (proxied.py), which
+this does not speak to. Parsing is httptools', TLS is Python's. Errors are OSError, of which TimeoutError is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+MOST_WAITING_BYTES = 1 << 20  # of a body that nobody has read yet; then the upstream waits
+MOST_HEADER_BYTES = 64 << 10
+KEPT = 256
+STALE_S = 30.0  # a connection that was idle for so long is not used again
+
+
+class Exchange(asyncio.Protocol):
+    """A connection, and the answer that it carries now."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.lost: Exception | None = None
+        self.waiter: asyncio.Future[None] | None = None
+        self.used, self.idle_since = 0, 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Ready for the next answer."""
+        self.parser = httptools.HttpResponseParser(self)
+        self.headers: dict[str, str] = {}
+        self.header_bytes = 0
+        self.waiting: list[bytes] = []
+        self.waiting_bytes = 0
+        self.paused = False
+        self.status, self.whole, self.any = 0, False, False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if (
+            self.status
+            and not self.whole
+            and "content-length" not in self.headers
+            and self.headers.get("transfer-encoding") != "chunked"
+        ):
+            self.whole = True  # such a body ends with its connection
+        self.lost = exc or ConnectionResetError("closed")
+        self._wake()
+
+    def data_received(self, data: bytes) -> None:
+        self.any = True
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.lost = ConnectionError(f"no HTTP: {type(error).__name__}")
+            self.transport.abort()
+        self._wake()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """httptools' callback."""
+        self.header_bytes += len(name) + len(value)
+        if self.header_bytes > MOST_HEADER_BYTES:
+            raise ValueError("headers without end")
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        """httptools' callback."""
+        status = self.parser.get_status_code()
+        if status >= 200:  # 100 and 103 are no answers
+            self.status = status
+
+    def on_body(self, part: bytes) -> None:
+        """httptools' callback."""
+        self.waiting.append(part)
+        self.waiting_bytes += len(part)
+        if self.waiting_bytes > MOST_WAITING_BYTES and not self.paused:
+            self.paused = True
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """httptools' callback."""
+        self.whole = bool(self.status)
+
+    def _wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def news(self, silence_s: float) -> None:
+        """Wait for bytes. Raises OSError where the connection ends, TimeoutError where it is silent for so long."""
+        if self.lost is not None:
+            raise self.lost
+        waiter = self.waiter = self.loop.create_future()
+        alarm = self.loop.call_later(silence_s, self._silent, waiter)
+        try:
+            await waiter
+        finally:
+            alarm.cancel()
+
+    @staticmethod
+    def _silent(waiter: asyncio.Future[None]) -> None:
+        if not waiter.done():
+            waiter.set_exception(TimeoutError("silent"))
+
+
+class Answer:
+    """What came back: status, headers, and the body as it comes."""
+
+    def __init__(self, exchange: Exchange, silence_s: float) -> None:
+        self.exchange, self.silence_s = exchange, silence_s
+        self.status, self.headers = exchange.status, exchange.headers
+
+    @property
+    def content_type(self) -> str:
+        """Without its parameters, in lower case."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The body. Raises OSError where it breaks off."""
+        exchange = self.exchange
+        while True:
+            if exchange.waiting:
+                data, exchange.waiting, exchange.waiting_bytes = b"".join(exchange.waiting), [], 0
+                if exchange.paused:
+                    exchange.paused = False
+                    exchange.transport.resume_reading()
+                yield data
+            elif exchange.whole:
+                return
+            else:
+                await exchange.news(self.silence_s)
+
+
+class Wire:
+    """Connections to one address that are kept for the next request."""
+
+    def __init__(
+        self,
+        url: str,
+        headers: dict[str, str],
+        connect_s: float,
+        silence_s: float,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """`url` without a trailing slash; `headers` go with every request."""
+        address = urlsplit(url)
+        self.host, self.secure = address.hostname or "", address.scheme == "https"
+        self.port = address.port or (443 if self.secure else 80)
+        self.base = address.path
+        self.connect_s, self.silence_s = connect_s, silence_s
+        self.tls = (tls or ssl.create_default_context()) if self.secure else None
+        self.fixed = "".join(
+            f"{name}: {value}\r\n"
+            for name, value in {"Host": address.netloc.rpartition("@")[2], **headers}.items()
+        )
+        self.idle: list[Exchange] = []
+
+    @asynccontextmanager
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", silence_s: float | None = None
+    ) -> AsyncIterator[Answer]:
+        """Send a request and give its answer once the headers are here. Raises OSError. Leaving before its end hangs up."""
+        silence_s = self.silence_s if silence_s is None else silence_s
+        head = (
+            f"{method} {self.base}{path} HTTP/1.1\r\n{self.fixed}Content-Length: {len(body)}\r\n\r\n".encode(
+                "latin-1"
+            )
+        )
+        exchange = await self._begin(head + body, silence_s)
+        try:
+            yield Answer(exchange, silence_s)
+        finally:
+            if (
+                exchange.whole
+                and exchange.lost is None
+                and exchange.parser.should_keep_alive()
+                and len(self.idle) < KEPT
+            ):
+                exchange.idle_since = exchange.loop.time()
+                self.idle.append(exchange)
+            else:
+                exchange.transport.abort()
+
+    async def _begin(self, data: bytes, silence_s: float) -> Exchange:
+        """The exchange whose answer has begun. A kept connection that the server has hung up on meanwhile is replaced once."""
+        while True:
+            exchange = self._kept()
+            fresh = exchange is None
+            if exchange is None:
+                exchange = await self._connect()
+            exchange.used += 1
+            exchange.transport.write(data)
+            try:
+                while not exchange.status:
+                    await exchange.news(silence_s)
+                return exchange
+            except TimeoutError:
+                exchange.transport.abort()
+                raise
+            except OSError:
+                exchange.transport.abort()
+                if fresh or exchange.any:
+                    raise
+            except BaseException:
+                exchange.transport.abort()
+                raise
+
+    def _kept(self) -> Exchange | None:
+        while self.idle:
+            exchange = self.idle.pop()
+            if exchange.lost is None and exchange.loop.time() - exchange.idle_since < STALE_S:
+                exchange.reset()
+                return exchange
+            exchange.transport.abort()
+        return None
+
+    async def _connect(self) -> Exchange:
+        loop = asyncio.get_running_loop()
+        more: dict[str, Any] = {"ssl": self.tls, "server_hostname": self.host} if self.tls else {}
+        async with asyncio.timeout(self.connect_s):
+            _, exchange = await loop.create_connection(lambda: Exchange(loop), self.host, self.port, **more)
+        return exchange
+
+    async def aclose(self) -> None:
+        """Close what is kept."""
+        for exchange in self.idle:
+            exchange.transport.abort()
+        self.idle.clear()
