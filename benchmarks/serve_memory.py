@@ -2,8 +2,8 @@
 
     python benchmarks/serve_memory.py [--minutes 20] [--rate 200] [--litellm-python PYTHON | --no-litellm]
 
-Open loop at a fixed rate (a late answer delays nobody), a third of it streamed, one in twenty hung up in the middle, before the stand-in upstream that
-answers at once; exact cache on, so half of the rest are repeatable. RSS is read every 5 s, and
+Open loop at a fixed rate (a late answer delays nobody), a third of it streamed, one in twenty hung up in the middle, before the stand-in
+upstream that answers at once; exact cache on, half of the requests repeatable. RSS is read every 5 s, and
 what of it is not shared with a mapped file (the cache's database). The slope is that of the means of twelve equal blocks after
 the first quarter, by least squares, with its t interval (df 10): neighbouring readings are not independent, blocks of minutes nearly are.
 The rival is LiteLLM's proxy at a tenth of the rate (it takes no more here), for its memory alone.

@@ -4,8 +4,8 @@
 
 `wrk -t1`, not streamed, prompts of about 200 tokens, answers of 16, everything on the same cores, in rotating rounds; medians over
 rounds. Added latency is the proxy's percentile less the upstream's own in the same round. A failed request ends the run.
-Must reach: 25 x LiteLLM's requests/s and 0.4 x the pass-through's; 1.0 / 5 ms added at one client; a hit of the exact cache in 1.0 ms (p50) at the
-client, 3,000/s. Prints a table and one JSON line.
+Must reach: 25 x LiteLLM's requests/s and 0.4 x the pass-through's; 1.0 / 5 ms added at one client; a hit of the exact cache in 1.0 ms (p50)
+at the client, 3,000/s. Prints a table and one JSON line.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Tokens/s of a real model through edgeft's proxy beside the same engine alone, 1 and 8 streams at a time, and 8 streams beside llama_cpp.server.
+"""Tokens/s of a real model: through edgeft's proxy beside the same engine alone, at 1 and 8 streams; 8 streams beside llama_cpp.server.
 
     python benchmarks/serve_streams.py MODEL.gguf [--rounds 5] [--tokens 128] [--llama-python PYTHON | --no-llama]
 
-Engine alone and proxy are the same child process of edgeft, spoken to in turns: what the proxy takes. edgeft with the file as its candidate (its own
-slots and queue) is compared with `python -m llama_cpp.server` on the same file and threads. Greedy, a different short prompt a stream, tokens as
-the servers' own usage counts them, over the wall time of all streams of a turn. Rotating rounds, medians.
+Engine alone and proxy are the same child process of edgeft, spoken to in turns: what the proxy takes. edgeft with the file as its candidate
+(its own slots and queue) is compared with `python -m llama_cpp.server` on the same file and threads. Greedy, a different short prompt a
+stream, tokens as the servers' own usage counts them, over the wall time of all streams of a turn. Rotating rounds, medians.
 Must reach: proxy / engine 0.97 at 1 and 8 streams; edgeft / llama_cpp.server 3.2 at 8. Prints a table and one JSON line.
 """
 

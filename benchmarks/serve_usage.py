@@ -5,8 +5,8 @@
 Streamed or not, n of 1 to 3, include_usage or not; clients leave at random moments, with FIN or RST. The upstream is a stand-in that keeps books
 (serving/counting.py): usage in a chunk of its own, beside choices, in every chunk, or never told. Must hold:
 - every client that read to the end was told the upstream's own figures where the upstream told them, once, and none elsewhere;
-- the tokens counted are exactly those of calls whose usage was told: all that were read to the end, and of those that were left after the upstream
-  had sent some (it may not have arrived) a subset that gives both sums exactly, looked for in batches of 100;
+- the tokens counted are exactly those of calls whose usage was told: all that were read to the end, and of those that were left after the
+  upstream had sent some (it may not have arrived) a subset that gives both sums exactly, looked for in batches of 100;
 - every other call stands in edgeft_usage_unresolved_total; one that was left while it was sent on may.
 A contract, so without a rival. Prints a table and one JSON line; exit 1 where it does not hold.
 """

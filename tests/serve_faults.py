@@ -206,12 +206,12 @@ def served(
 ) -> Iterator[Served]:
     """`edgeft serve` as a process over these candidates, the first one preferred; `settings` are those of edgeft.yaml.
 
-    `local` is put into the first candidate's place: {"engine", "path", "artifact_sha256"}. The one place that knows the command line.
+    `local` is put into the first candidate's place: {"kind", "engine", "path", "artifact_sha256"}. The one place that knows the command line.
     """
     loaded = policy_of(*ids[:2])
     candidates = [{**loaded.policy.candidates[0], "id": name, "artifact_sha256": None} for name in ids]
     if local:
-        candidates[0] |= {"kind": "folder", **local}
+        candidates[0] |= local
     tensors = {
         "text.weights": np.zeros((len(ids), DIMENSIONS), np.float32),
         "text.bias": np.zeros(len(ids), np.float32),

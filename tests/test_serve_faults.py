@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -430,6 +433,68 @@ def test_a_full_disk_costs_the_hit_and_not_the_answer(upstream, tmp_path):
         assert made.process.poll() is None
 
 
+def test_an_engine_that_is_killed_is_restarted_and_nothing_is_lost(upstream, tiny_dist, tmp_path):
+    psutil = pytest.importorskip("psutil", reason="psutil finds the engine's process")
+    pytest.importorskip("xllamacpp", reason="edgeft[gguf] is not installed")
+    from edgeft.compress import load_artifact
+
+    folder = tiny_dist / "dist" / "gguf-f16"
+    local = {
+        "kind": "artifact",
+        "engine": "gguf",
+        "path": str(folder),
+        "artifact_sha256": load_artifact(folder).sha256,
+    }
+
+    def engine() -> int:
+        children = psutil.Process(made.process.pid).children(recursive=True)
+        return next((p.pid for p in children if "edgeft.engines.worker" in p.cmdline()), 0)
+
+    def pinned(**fields: Any) -> httpx.Response:
+        return made.chat("tiny", max_tokens=4, **fields)
+
+    upstream.scripts["instead"] = lambda call: call.answer("instead")
+    ids = ["tiny", upstream.id("instead")]
+    models = {"tiny": {"slots": 2, "threads": 1, "context": 512}}
+    with served(tmp_path, ids, local=local, models=models) as made:
+        assert pinned().status_code == 200 and made.chat(max_tokens=4).headers["x-edgeft-route"] == "tiny"
+        before = engine()
+        os.kill(before, signal.SIGSTOP)  # so that it surely dies before the first byte
+        replies: dict[str, httpx.Response] = {}
+        asked = {
+            "auto": lambda: made.chat(text="whoever can", max_tokens=4),
+            "streamed": lambda: made.chat(text="whoever can", max_tokens=4, stream=True),
+            "pinned": pinned,
+        }
+        threads = [
+            threading.Thread(target=lambda name=name: replies.update({name: asked[name]()})) for name in asked
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: made.metric("edgeft_in_flight", route="tiny") == 2)  # the third one waits for a slot
+        os.kill(before, signal.SIGKILL)
+        for thread in threads:
+            thread.join(30)
+        assert replies["auto"].status_code == replies["streamed"].status_code == 200
+        assert "[DONE]" in replies["streamed"].text
+        assert replies["pinned"].status_code in (200, 502, 503), "again by the new process, or refused"
+        until(lambda: pinned().status_code == 200, 30)
+        assert engine() not in (0, before)
+        with httpx.stream(
+            "POST",
+            f"{made.url}/v1/chat/completions",
+            json=asking("tiny", stream=True, max_tokens=400),
+            timeout=30,
+        ) as response:
+            text = ""
+            for part in response.iter_text():
+                if not text:
+                    os.kill(engine(), signal.SIGKILL)
+                text += part
+        assert "[DONE]" in text or events(text)[-1]["error"]["message"], "it ended as if it were whole"
+        until(lambda: pinned().status_code == 200, 30)
+
+
 CLOCK = """
 import signal, sys, time
 real, ahead = time.time, [0.0]
@@ -442,8 +507,6 @@ sys.exit(main())
 
 
 def test_a_clock_that_jumps_changes_no_duration(upstream, tmp_path):
-    import signal
-
     gate = threading.Event()
 
     def script(call: Call) -> None:
@@ -466,10 +529,11 @@ def test_a_clock_that_jumps_changes_no_duration(upstream, tmp_path):
             gate.clear()
             seen = len(upstream.of("clock"))
             texts: list[str] = []
-            asked = [
-                threading.Thread(target=lambda: texts.append(made.chat(route, stream=True).text))
-                for _ in range(2)
-            ]
+
+            def ask(texts: list[str] = texts) -> None:
+                texts.append(made.chat(route, stream=True).text)
+
+            asked = [threading.Thread(target=ask) for _ in range(2)]
             for thread in asked:
                 thread.start()
             until(

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,24 +78,27 @@ def module(name: str, *arguments: str, scratch: Path) -> Iterator[Server]:
 def engine(gguf: Path, scratch: Path, threads: int, slots: int, context: int) -> Iterator[Server]:
     """A GGUF file in edgeft's child process, without the proxy; `context` tokens for each slot."""
     from edgeft.engines.local import LocalModel
+    from edgeft.serve.pool import BATCH_S
 
-    wanted = {"parallel": slots, "run_profile": False}
+    wanted = {"slots": slots, "batch_s": BATCH_S, "run_profile": False}  # as the proxy starts it
     with LocalModel(
         gguf,
         "gguf",
         log=scratch / "engine.log",
         threads=threads,
-        context=slots * context,
+        context=context,
         name="small",
         options=wanted,
     ) as model:
         yield Server(model.url, model.key, "small", model.pid)
 
 
-WORDS = (
-    "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were when we "
-    "there can an your which their said if do will each about how up out them then she many some so these would other into has more"
-).split()
+COMMON = """
+the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so these would other
+into has more
+"""
+WORDS = COMMON.split()
 
 
 def bodies(count: int, model: str, tokens: int = 200, **fields: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 to one loopback address over raw asyncio: kept connections, streams as they come, a way to hang up. For loads and the pass-through."""
+"""HTTP/1.1 to one loopback address over raw asyncio: connections that are kept, streams as they come, a way to hang up."""
 
 from __future__ import annotations
 
