@@ -24,7 +24,8 @@ from edgeft.router.cascade import (
     predicted_gain,
     strongest_allowed,
 )
-from edgeft.router.drafts import FEATURES, Draft, agree, answer_number, arithmetic, checks, compute, features
+from edgeft.router.draft_features import FEATURES, features
+from edgeft.router.drafts import Draft, agree, answer_number, arithmetic, checks, compute, first_tokens
 from tests.test_router import PAIR, line, write_report
 
 
