@@ -111,7 +111,10 @@ def embeddings(folder: Path, name: str, texts: list[str], encoder: Path) -> np.n
     from edgeft.router.embedding import load_encoder, read_spec
 
     spec = read_spec(encoder)
-    place = cache_dir("bench-embeddings", f"{name}-{sha256_json([spec['graph_sha256'], spec['max_tokens'], texts])[:16]}.npy")
+    place = cache_dir(
+        "bench-embeddings",
+        f"{name}-{sha256_json([spec['graph_sha256'], spec['max_tokens'], texts])[:16]}.npy",
+    )
     if place.is_file():
         return np.load(place, allow_pickle=False)
     encode = load_encoder(spec)

@@ -18,7 +18,8 @@ from edgeft.router.draft_features import FEATURES
 from edgeft.router.drafts import Draft
 from edgeft.router.embedding import fit_vectors, mix, nonnegative
 
-QUESTION = [FEATURES.index(n) for n in FEATURES if n.startswith("question") or n in ("log_prompt", "fractions", "percent", "max_number", "sum_of_numbers", "different_numbers")]
+OTHERS = ("log_prompt", "fractions", "percent", "max_number", "sum_of_numbers", "different_numbers")
+QUESTION = [place for place, name in enumerate(FEATURES) if name.startswith("question") or name in OTHERS]
 WIDTHS = (0.3, 0.8)
 
 
@@ -51,7 +52,9 @@ def main() -> None:
         found["prompt: blend"] = blend + 1e-9 * heads["hashed"][1]
         # What `edgeft route fit --encoder` fits: levels and gains, hashed words, kernel and neighbours on MiniLM.
         words = ridge.fit_all(read.prompts[fitting], targets[fitting])
-        tensors, _, spec = fit_vectors(vectors[fitting], targets[fitting], np.column_stack([h.left_out for h in words]))
+        tensors, _, spec = fit_vectors(
+            vectors[fitting], targets[fitting], np.column_stack([h.left_out for h in words])
+        )
         said = np.column_stack([read.prompts[test] @ h.weights + h.bias for h in words])
         found["prompt: route fit"] = mix(tensors, spec, vectors[test], said)[:, 1]
         judge, _ = fit_gain(read.rows(fitting), y)

@@ -85,7 +85,11 @@ def read_drafts(rows: Sequence[tuple[str, Draft]], after_tokens: int | None = No
     """What the judge reads of (prompt, draft) rows. Counts are compressed by log(1 + |x|): a draft has one equation or thirty."""
     seen = [(prompt, first_tokens(draft, after_tokens)) for prompt, draft in rows]
     numbers = np.array([features(prompt, draft) for prompt, draft in seen])
-    return Read(np.sign(numbers) * np.log1p(np.abs(numbers)), matrix([p for p, _ in seen]), matrix([d.text for _, d in seen]))
+    return Read(
+        np.sign(numbers) * np.log1p(np.abs(numbers)),
+        matrix([p for p, _ in seen]),
+        matrix([d.text for _, d in seen]),
+    )
 
 
 def fit_gain(read: Read, gain: np.ndarray, most: int = kernel.LANDMARKS) -> tuple[Judge, np.ndarray]:
@@ -107,7 +111,9 @@ def gains(judge: Judge, read: Read) -> np.ndarray:
     """What the strongest would gain over each draft, float64 [n]."""
     x = np.clip((read.numbers - judge.mean) / judge.scale, -4, 4)
     parts = [kernel.predict(judge.head, x)[:, 0]]
-    parts += [p @ w + b for p, w, b in zip((read.prompts, read.drafts), judge.words, judge.words_bias, strict=True)]
+    parts += [
+        p @ w + b for p, w, b in zip((read.prompts, read.drafts), judge.words, judge.words_bias, strict=True)
+    ]
     return judge.centre + (np.column_stack(parts) - judge.centre) @ judge.blend
 
 
@@ -209,7 +215,10 @@ ARRAYS = ("mean", "scale", "words", "words_bias", "blend")
 def judge_tensors(judge: Judge) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, manifest block) of a judge for the policy folder."""
     head = {"landmarks": judge.head.landmarks, "weights": judge.head.weights, "bias": judge.head.bias}
-    tensors = {f"judge.{k}": np.asarray(v, np.float32) for k, v in (head | {k: getattr(judge, k) for k in ARRAYS}).items()}
+    tensors = {
+        f"judge.{k}": np.asarray(v, np.float32)
+        for k, v in (head | {k: getattr(judge, k) for k in ARRAYS}).items()
+    }
     block = {
         "features": list(FEATURES), "width": judge.head.width, "centre": judge.centre, "threshold": judge.threshold,
         "after_tokens": judge.after_tokens,
@@ -226,4 +235,10 @@ def load_judge(tensors: Mapping[str, np.ndarray], block: Mapping[str, Any]) -> J
         tensors["judge.landmarks"], weights, np.asarray(tensors["judge.bias"], float), block["width"], [], np.zeros((0, weights.shape[1]))
     )  # fmt: skip
     arrays = {name: np.asarray(tensors[f"judge.{name}"], float) for name in ARRAYS}
-    return Judge(head, **arrays, centre=block["centre"], threshold=block["threshold"], after_tokens=block["after_tokens"])
+    return Judge(
+        head,
+        **arrays,
+        centre=block["centre"],
+        threshold=block["threshold"],
+        after_tokens=block["after_tokens"],
+    )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 import re
 
-from edgeft.router.drafts import LABEL, NUMBER, Draft, Equation, agree, answer_number, counted, equations, value_of
+from edgeft.router.drafts import (
+    LABEL,
+    NUMBER,
+    Draft,
+    Equation,
+    agree,
+    answer_number,
+    counted,
+    equations,
+    value_of,
+)
 
 HEDGES = re.compile(
     r"\b(?:however|but|assum\w+|let's|denote|equation|closest|approximately|rounded|suppose|unknown)\b",
@@ -13,7 +23,21 @@ HEDGES = re.compile(
 )
 OPERATOR = re.compile(r"[+\-*/x×÷]")
 MOST_EQUATIONS = 64  # that are replayed: bounds the time on a hostile draft
-EVERYDAY = {0.5, 1.0, 2.0, 3.0, 4.0, 7.0, 12.0, 24.0, 30.0, 52.0, 60.0, 100.0, 365.0}  # need no source in the question
+EVERYDAY = {
+    0.5,
+    1.0,
+    2.0,
+    3.0,
+    4.0,
+    7.0,
+    12.0,
+    24.0,
+    30.0,
+    52.0,
+    60.0,
+    100.0,
+    365.0,
+}  # need no source in the question
 FEATURES = (
     "log_characters", "log_prompt", "lines", "numbers", "equations", "equations_wrong", "label", "cut",
     "answer_integer", "log_answer", "answer_last", "numbers_unused", "numbers_new", "steps_per_number",
@@ -82,7 +106,10 @@ def replay(prompt: str, text: str, found: list[Equation]) -> dict[str, float | b
         strange += sum(not any(_same(v, known) for known in sources) for v in operands)
         if equation.shown is not None:
             sources.add(equation.shown)
-    unused = sum(e.shown is not None and not any(_same(e.shown, v) for v in _numbers(text[e.end :])) for e in found[:-1])
+    unused = sum(
+        e.shown is not None and not any(_same(e.shown, v) for v in _numbers(text[e.end :]))
+        for e in found[:-1]
+    )
     body = _numbers(text.partition(LABEL)[0])
     largest = max([abs(v) for v in asked] or [0.0])
     return {

@@ -34,11 +34,7 @@ ASCII_WORD = re.compile(rb"\w+")
 def vector(text: str) -> dict[int, float]:
     """Column -> value, of length 1 (or empty, where the text has no word)."""
     start = text[:MAX_CHARACTERS].lower()
-    words: list[bytes]
-    if start.isascii():  # the same words, without encoding each
-        words = ASCII_WORD.findall(start.encode())
-    else:
-        words = [word.encode(errors="replace") for word in WORD.findall(start)]
+    words = _ascii_words(start) if start.isascii() else _words(start)
     singles = list(map(crc32, words))
     # crc32(b, crc32(a)) is crc32(a + b): the pair "a b" without joining it.
     pairs = [crc32(b" " + word, before) for before, word in zip(singles, words[1:], strict=False)]
@@ -50,6 +46,16 @@ def vector(text: str) -> dict[int, float]:
     values = found.values()
     length = math.sqrt(sum(map(mul, values, values)))
     return {column: value / length for column, value in found.items()} if length else {}
+
+
+def _ascii_words(text: str) -> list[bytes]:
+    """The same as `_words`, without encoding each."""
+    found: list[bytes] = ASCII_WORD.findall(text.encode())
+    return found
+
+
+def _words(text: str) -> list[bytes]:
+    return [word.encode(errors="replace") for word in WORD.findall(text)]
 
 
 def matrix(texts: Sequence[str]) -> np.ndarray:

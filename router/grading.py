@@ -30,7 +30,10 @@ SHOWN_CHARACTERS = 8000  # of the request and of each answer
 
 
 def judge(
-    folder: Path, address: tuple[str, str], name: str, told: Callable[[int, int], None] = lambda done, of: None
+    folder: Path,
+    address: tuple[str, str],
+    name: str,
+    told: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Have a model grade every line of `folder` that it has not graded yet, into JUDGED. `name` (openai:URL#NAME) says whether it is
     remote: a remote judge never sees a private request. Returns counts."""
@@ -40,7 +43,11 @@ def judge(
     remote, found, kept_back, unreadable = is_remote(name, "api"), [], 0, 0
     for place, row in enumerate(rows):
         old = known.get(row["id"])
-        if old is not None and old.get("judge") == name and all(v is not None for v in old["scores"].values()):
+        if (
+            old is not None
+            and old.get("judge") == name
+            and all(v is not None for v in old["scores"].values())
+        ):
             found.append(old)
             continue
         scores: dict[str, float | None] = dict.fromkeys(row["answers"])
@@ -79,11 +86,19 @@ def marks(reply: str, letters: Sequence[str]) -> dict[str, float | None]:
         if letter.lower() in found:
             return dict.fromkeys(letters)
         found[letter.lower()] = min(1.0, float(f"{whole}.{part or 0}") / 10)
-    return {letter: found[letter] for letter in letters} if set(found) == set(letters) else dict.fromkeys(letters)
+    return (
+        {letter: found[letter] for letter in letters}
+        if set(found) == set(letters)
+        else dict.fromkeys(letters)
+    )
 
 
 def issue(
-    policy_folder: Path, folder: Path, alpha: float = 0.05, delta: float = 0.1, artifacts: Mapping[str, Path] | None = None
+    policy_folder: Path,
+    folder: Path,
+    alpha: float = 0.05,
+    delta: float = 0.1,
+    artifacts: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Certify the policy in `policy_folder` on the graded answers in `folder` and return the certificate.
 
@@ -97,7 +112,10 @@ def issue(
     rows = read_lines(folder / ANSWERS)
     for row in rows:
         if set(row["answers"]) != set(names):
-            raise UsageError(f"{folder / ANSWERS} holds answers of {', '.join(row['answers'])}.", f"of {', '.join(names)}: sample again")
+            raise UsageError(
+                f"{folder / ANSWERS} holds answers of {', '.join(row['answers'])}.",
+                f"of {', '.join(names)}: sample again",
+            )
     human = scores_of(folder / TO_GRADE, rows, names)
     graded = [i for i, row in enumerate(rows) if row["id"] in human]
     first = graded[-1] + 1 if graded else 0
@@ -113,12 +131,18 @@ def issue(
             )
         missed = miss_bound([_missed(row["id"], by_row, human) for row in rows[:first]], delta / 2)
     if not counted:
-        raise UsageError(f"nothing in {folder} is graded.", f"fill in scores (0 to 1) in {folder / TO_GRADE}, or edgeft route recertify judge")
+        raise UsageError(
+            f"nothing in {folder} is graded.",
+            f"fill in scores (0 to 1) in {folder / TO_GRADE}, or edgeft route recertify judge",
+        )
     lost = (*[0.0] * (len(names) - 1), 1.0)
     items = [_item(row, names, by_row.get(row["id"], lost)) for row in counted]
     rebound = _with_artifacts(policy.policy.candidates, artifacts or {})
     before = {k: sorted({*policy.policy.seen_rows.get(k, []), *v}) for k, v in used_before(rebound).items()}
-    policy = replace(policy, policy=replace(policy.policy, candidates=rebound, seen_rows={**policy.policy.seen_rows, **before}))
+    policy = replace(
+        policy,
+        policy=replace(policy.policy, candidates=rebound, seen_rows={**policy.policy.seen_rows, **before}),
+    )
     asked = read_json(folder / SAMPLE)
     more = {
         "recertified": {
@@ -126,10 +150,14 @@ def issue(
             "graded_by_a_person": len(human), "sample": asked,
         }
     }  # fmt: skip
-    return certify_items(policy_folder, policy, Joined(rebound, items, 0), alpha, delta, asked["temperature"], missed, more)
+    return certify_items(
+        policy_folder, policy, Joined(rebound, items, 0), alpha, delta, asked["temperature"], missed, more
+    )
 
 
-def scores_of(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+def scores_of(
+    path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, tuple[float, ...]]:
     """Row id -> scores in the order of the candidates, of the lines that are graded whole. Raises UsageError for a line that is not of the
     sample or a score that is not in 0..1."""
     known = {row["id"]: row for row in rows}
@@ -143,12 +171,16 @@ def scores_of(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str
         if any(v is None for v in by_name.values()) or len(by_name) < len(names):
             continue
         if any(isinstance(v, str) or not 0 <= v <= 1 for v in by_name.values()):
-            raise UsageError(f"{path} line {number}: scores are numbers from 0 to 1.", f"sed -n {number}p {path}")
+            raise UsageError(
+                f"{path} line {number}: scores are numbers from 0 to 1.", f"sed -n {number}p {path}"
+            )
         found[row["id"]] = tuple(float(by_name[name]) for name in names)
     return found
 
 
-def _missed(row_id: str, judged: Mapping[str, tuple[float, ...]], human: Mapping[str, tuple[float, ...]]) -> bool:
+def _missed(
+    row_id: str, judged: Mapping[str, tuple[float, ...]], human: Mapping[str, tuple[float, ...]]
+) -> bool:
     """Whether a person sees a loss of some candidate that the judge does not: it bounds what any choice loses unseen. A line that the judge
     left counts as lost, so nothing is missed on it; one that the person left counts as a loss of all."""
     if row_id not in judged:
@@ -178,6 +210,11 @@ def _with_artifacts(candidates: list[dict[str, Any]], artifacts: Mapping[str, Pa
         place = artifacts.get(candidate["id"])
         if place is not None:
             made = Artifact.load(place / "artifact.json")
-            candidate = {**candidate, "path": str(place.resolve()), "artifact_sha256": made.sha256, "engine": made.engine}
+            candidate = {
+                **candidate,
+                "path": str(place.resolve()),
+                "artifact_sha256": made.sha256,
+                "engine": made.engine,
+            }
         found.append(candidate)
     return found

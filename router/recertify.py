@@ -56,8 +56,12 @@ def sample(
             "log texts (opt-in) and route some traffic first",
         )
     graded, kept = out / TO_GRADE, out / ANSWERS
-    if graded.is_file() and any(v is not None for line in read_lines(graded) for v in line["scores"].values()):
-        raise UsageError(f"{graded} holds grades already; it is left alone.", f"--out ANOTHER, or remove {graded}")
+    if graded.is_file() and any(
+        v is not None for line in read_lines(graded) for v in line["scores"].values()
+    ):
+        raise UsageError(
+            f"{graded} holds grades already; it is left alone.", f"--out ANOTHER, or remove {graded}"
+        )
     out.mkdir(parents=True, exist_ok=True, mode=0o700)  # texts of users lie in it
     drawn = random.Random(seed).sample(lines, min(n, len(lines)))
     known = {line["digest"]: line for line in read_lines(kept)} if kept.is_file() else {}
@@ -65,18 +69,35 @@ def sample(
     asked = {"temperature": temperature, "max_tokens": max_tokens}
     for place, line in enumerate(drawn):
         old = known.get(line["digest"])
-        answers = old["answers"] if old and old["asked"] == asked and set(old["answers"]) == set(policy.candidates) else None
+        answers = (
+            old["answers"]
+            if old and old["asked"] == asked and set(old["answers"]) == set(policy.candidates)
+            else None
+        )
         new = answers is None
         if answers is None:
             answers = {name: ask(addresses[name], line["messages"], asked) for name in policy.candidates}
-        found.append({"id": f"{place:05d}-{line['digest'][:12]}", **line, "answers": answers, "asked": asked, "policy_sha256": policy.sha256})
+        found.append(
+            {
+                "id": f"{place:05d}-{line['digest'][:12]}",
+                **line,
+                "answers": answers,
+                "asked": asked,
+                "policy_sha256": policy.sha256,
+            }
+        )
         known[line["digest"]] = found[-1]
         if new and place % KEEP_EVERY == 0:
             write_jsonl(kept, found)
         told(place + 1, len(drawn))
     write_jsonl(kept, found)
     write_jsonl(graded, [blind(line) for line in found])
-    told_of = {**counts, "drawn": len(found), "different_texts": len({line["digest"] for line in found}), "seed": seed}
+    told_of = {
+        **counts,
+        "drawn": len(found),
+        "different_texts": len({line["digest"] for line in found}),
+        "seed": seed,
+    }
     write_json(out / SAMPLE, {**told_of, "date": datetime.now(UTC).isoformat(timespec="seconds"), **asked})
     return told_of
 
@@ -93,7 +114,9 @@ def eligible(policy: LoadedPolicy, log: Path) -> tuple[list[dict[str, Any]], dic
         asked = line.get("messages") or line.get("request")
         if isinstance(asked, str) and asked:
             asked = [{"role": "user", "content": asked}]
-        text = request_text(asked) if isinstance(asked, list) and all(isinstance(m, dict) for m in asked) else ""
+        text = (
+            request_text(asked) if isinstance(asked, list) and all(isinstance(m, dict) for m in asked) else ""
+        )
         if not text.strip():
             counts["no_text"] += 1
             continue
@@ -107,11 +130,21 @@ def eligible(policy: LoadedPolicy, log: Path) -> tuple[list[dict[str, Any]], dic
         elif removed_for(policy, request) or (private and remote):
             counts["removed"] += 1
         else:
-            found.append({"digest": hashes[0], "hashes": hashes, "request": text, "messages": asked, "private": private})
+            found.append(
+                {
+                    "digest": hashes[0],
+                    "hashes": hashes,
+                    "request": text,
+                    "messages": asked,
+                    "private": private,
+                }
+            )
     return found, counts
 
 
-def ask(address: tuple[str, str], messages: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
+def ask(
+    address: tuple[str, str], messages: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+) -> dict[str, Any]:
     """One candidate's answer with what a draft's judge reads of it."""
     import httpx
 

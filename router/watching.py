@@ -19,7 +19,9 @@ from edgeft.types import Decision
 if TYPE_CHECKING:
     from edgeft.router.policy import LoadedPolicy
 
-LOOK_EVERY = drift.WINDOW  # each window is looked at once: windows that overlap would count the same requests twice
+LOOK_EVERY = (
+    drift.WINDOW
+)  # each window is looked at once: windows that overlap would count the same requests twice
 BUDGET_WINDOW = 500
 PERIODS_S = {"day": 86_400.0, "month": 2_629_746.0}  # a month is the mean of the Gregorian calendar's
 
@@ -60,7 +62,9 @@ class BudgetWatch:
         self.began_s: float | None = None
         self.spent_usd = 0.0
         self.since_look = 0
-        self.price_of_cost: float | None = None  # what `State.price_of_cost` takes; None: the policy's own rule is cheap enough
+        self.price_of_cost: float | None = (
+            None  # what `State.price_of_cost` takes; None: the policy's own rule is cheap enough
+        )
 
     def saw(self, decision: Decision, now_s: float, cost_usd: float | None = None) -> float | None:
         """Count one decided request at `now_s` (any clock in seconds that only grows) and what it really cost, where known, else what was
@@ -78,7 +82,9 @@ class BudgetWatch:
     def _look(self, now_s: float) -> float | None:
         """λ where the policy's own choices would not fit into what is left."""
         width = max(len(scores) for _, scores, _ in self.recent)
-        rows = [(s, c) for _, s, c in self.recent if len(s) == width]  # requests of which somebody was removed say less
+        rows = [
+            (s, c) for _, s, c in self.recent if len(s) == width
+        ]  # requests of which somebody was removed say less
         scores, costs = np.array([s for s, _ in rows]), np.array([c for _, c in rows])
         seconds = max(1.0, now_s - self.recent[0][0])
         assert self.began_s is not None

@@ -67,7 +67,20 @@ def upstream():
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted")
-    fit([write_report(folder / "one", by_word(600, 1))], PAIR, folder / "policy", Options(privacy={"patterns": ["email"]}))
+    fit(
+        [write_report(folder / "one", by_word(600, 1))],
+        PAIR,
+        folder / "policy",
+        Options(privacy={"patterns": ["email"]}),
+    )
+    place = folder / "policy" / "policy.json"
+    stored = json.loads(place.read_text())
+    grid = stored["fitted"]["grid"]
+    stored["fitted"]["grid"] = [
+        *grid[:-1:10],
+        grid[-1],
+    ]  # every rule is tried by `decide` on every row: fewer will do here
+    place.write_text(json.dumps(stored))
     return folder / "policy"
 
 
@@ -100,7 +113,9 @@ def drawn(policy, tmp_path, upstream, n: int = 300):
     return tmp_path / "grading"
 
 
-def test_only_what_was_logged_with_its_text_is_new_and_may_be_answered_by_all_is_drawn(policy, tmp_path, upstream):
+def test_only_what_was_logged_with_its_text_is_new_and_may_be_answered_by_all_is_drawn(
+    policy, tmp_path, upstream
+):
     loaded = load_policy(policy)
     seen = by_word(600, 1)["weak"][0]["request"]
     log = traffic(
@@ -145,15 +160,17 @@ def test_answers_are_blind_kept_and_asked_once(policy, tmp_path, upstream):
 
 def test_a_persons_grades_carry_a_certificate(policy, tmp_path, upstream):
     folder = drawn(policy, tmp_path, upstream)
-    with pytest.raises(UsageError, match="nothing in .* is graded"):
+    with pytest.raises(UsageError, match=r"nothing in .* is graded"):
         issue(policy, folder)
     grade(folder, 250)
     found = issue(policy, folder)
     assert found["n"] == 250 and found["judge"] is None and found["recertified"]["drawn"] == 300
-    assert 0 < found["share_kept"] and found["bound"] <= 0.05
+    assert found["share_kept"] > 0 and found["bound"] <= 0.05
     loaded = load_policy(policy)
     assert loaded.certificate and loaded.certificate["void"] is None
-    assert decide(loaded, "card limit").certified and decide(loaded, "refund refund refund").choice == "strong"
+    assert (
+        decide(loaded, "card limit").certified and decide(loaded, "refund refund refund").choice == "strong"
+    )
     with pytest.raises(UsageError, match="used to certify already"):
         issue(policy, folder)
 
@@ -172,7 +189,11 @@ def test_a_judges_misses_are_bounded_by_a_hundred_human_grades(policy, tmp_path,
         issue(policy, folder, alpha=0.1)
     grade(folder, 120)
     found = issue(policy, folder, alpha=0.1)
-    assert found["n"] == 300 and found["judge"] == {"n": 120, "missed": 0, "bound": pytest.approx(0.0246, abs=1e-3)}
+    assert found["n"] == 300 and found["judge"] == {
+        "n": 120,
+        "missed": 0,
+        "bound": pytest.approx(0.0246, abs=1e-3),
+    }
     assert found["bound"] <= 0.1
 
 
@@ -205,13 +226,25 @@ def test_marks_are_read_whole_or_not_at_all():
 
 
 def test_another_artefact_is_certified_anew_from_the_command_line(policy, tmp_path, upstream, capsys):
-    from tests.test_bundle import an_artifact
+    from tests.test_bundle import artifact
 
     folder, log = tmp_path / "grading", traffic(tmp_path / "log.jsonl", 400)
-    words = ["route", "recertify", "sample", str(policy), str(log), "--out", str(folder), "--n", "200", "--server", upstream.url]
+    words = [
+        "route",
+        "recertify",
+        "sample",
+        str(policy),
+        str(log),
+        "--out",
+        str(folder),
+        "--n",
+        "200",
+        "--server",
+        upstream.url,
+    ]
     assert cli(words) == 0
     grade(folder, 200)
-    new = an_artifact(tmp_path / "new")
+    new = artifact(tmp_path / "new")
     assert cli(["route", "recertify", "issue", str(policy), str(folder), "--artifact", f"weak={new}"]) == 0
     assert "certified on 200 rows" in capsys.readouterr().out
     loaded = load_policy(policy)

@@ -17,11 +17,20 @@ LOSS = {"kind": "loss", "threshold": 0.0, "price_of_cost": 0.0}
 
 def decided(gain: float, costs: tuple[float, float] = (0.0, 1.0), **more) -> Decision:
     choice = "strong" if gain >= 0 else "weak"
-    return Decision(choice, "", {"weak": 0.5, "strong": 0.5 + gain}, dict(zip(("weak", "strong"), costs, strict=True)), 1.0, **more)
+    return Decision(
+        choice,
+        "",
+        {"weak": 0.5, "strong": 0.5 + gain},
+        dict(zip(("weak", "strong"), costs, strict=True)),
+        1.0,
+        **more,
+    )
 
 
 def certificate(chance: random.Random, void: str | None = None) -> dict:
-    rows = [drift.observe(chance.gauss(0, 1), int(chance.expovariate(0.01)), chance.random()) for _ in range(800)]
+    rows = [
+        drift.observe(chance.gauss(0, 1), int(chance.expovariate(0.01)), chance.random()) for _ in range(800)
+    ]
     return {"void": void, "drift_reference": drift.reference(rows)}
 
 

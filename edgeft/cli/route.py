@@ -145,7 +145,12 @@ def eval_command(policy: Path, reports: tuple[Path, ...], html: Path | None) -> 
         console.note(line)
     if (drafts := found["by_first_tokens"]) and drafts["curve"]:
         rows = [
-            (str(e["tokens"] or "whole"), f"{e['apgr']:.3f}", _ends(e["apgr_ci95"]), f"{100 * e['score_at_same_share']:.1f}")
+            (
+                str(e["tokens"] or "whole"),
+                f"{e['apgr']:.3f}",
+                _ends(e["apgr_ci95"]),
+                f"{100 * e['score_at_same_share']:.1f}",
+            )
             for e in drafts["curve"]
         ]
         console.table(("first tokens", "APGR", "95 % interval", "score"), rows, title="Judging drafts early")
