@@ -27,6 +27,7 @@ def parser(text: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=text)
     made.add_argument("--data", type=Path, default=DEFAULT, help="folder of the rows")
     made.add_argument("--seeds", type=int, default=10)
+    made.add_argument("--first-seed", type=int, default=0, help="to share the seeds between processes")
     return made
 
 
@@ -62,13 +63,14 @@ def cross_validated(
     strong: np.ndarray,
     seeds: int,
     predict: Callable[[np.ndarray, np.ndarray, int], dict[str, np.ndarray]],
+    first_seed: int = 0,
 ) -> dict[str, Any]:
     """Figures of each head over seeds and folds: mean of the folds' figures, spread over seeds, and an item-bootstrap interval of
     the mean APGR (rows resampled within each fold, the fits kept)."""
     kept: dict[str, list[list[tuple[np.ndarray, np.ndarray]]]] = {}
     for seed in range(seeds):
-        for fitting, test in folds(len(weak), seed):
-            for name, predicted in predict(fitting, test, seed).items():
+        for fitting, test in folds(len(weak), first_seed + seed):
+            for name, predicted in predict(fitting, test, first_seed + seed).items():
                 runs = kept.setdefault(name, [])
                 while len(runs) <= seed:
                     runs.append([])
@@ -109,7 +111,10 @@ def embeddings(folder: Path, name: str, texts: list[str], encoder: Path) -> np.n
     from edgeft.router.embedding import load_encoder, read_spec
 
     spec = read_spec(encoder)
-    place = cache_dir("bench-embeddings", f"{name}-{sha256_json([spec['graph_sha256'], spec['max_tokens'], texts])[:16]}.npy")
+    place = cache_dir(
+        "bench-embeddings",
+        f"{name}-{sha256_json([spec['graph_sha256'], spec['max_tokens'], texts])[:16]}.npy",
+    )
     if place.is_file():
         return np.load(place, allow_pickle=False)
     encode = load_encoder(spec)

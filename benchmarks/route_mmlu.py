@@ -57,7 +57,7 @@ def main() -> None:
 
     shown = {
         "rows": len(rows), "weak": float(weak.mean()), "strong": float(strong.mean()), "folds": route_data.FOLDS, "seeds": options.seeds,
-        "all fitting rows": route_data.cross_validated(weak, strong, options.seeds, whole),
+        "all fitting rows": route_data.cross_validated(weak, strong, options.seeds, whole, options.first_seed),
     }  # fmt: skip
     for count in CURVE:
 

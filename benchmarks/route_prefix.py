@@ -28,7 +28,9 @@ def main() -> None:
         "draft_tokens_p50": float(np.median([len(r["weak_response"]) for r in rows]) / 4),
         "curve": [
             {
-                "tokens": entry["tokens"], "ended_share": round(entry["ended_share"], 3), "apgr": round(float(np.mean([run[i]["apgr"] for run in runs])), 4),
+                "tokens": entry["tokens"],
+                "ended_share": round(entry["ended_share"], 3),
+                "apgr": round(float(np.mean([run[i]["apgr"] for run in runs])), 4),
                 "apgr_ci95_items": [round(v, 4) for v in entry["apgr_ci95"]],
             }
             for i, entry in enumerate(runs[0])

@@ -56,13 +56,24 @@ def main() -> None:
     for name in SERVED:
         if (options.dist / name / "artifact.json").is_file():
             artifact = Artifact.load(options.dist / name / "artifact.json")
-            kept = options.work / f"scores-{name}-{sha256_json([artifact.sha256, [row_hash(r) for r in rows]])[:16]}.json"
-            found = scores(options.dist / name, artifact.engine, rows, kept, options.work / "log", options.threads)
+            kept = (
+                options.work
+                / f"scores-{name}-{sha256_json([artifact.sha256, [row_hash(r) for r in rows]])[:16]}.json"
+            )
+            found = scores(
+                options.dist / name, artifact.engine, rows, kept, options.work / "log", options.threads
+            )
             quality[name] = np.array(found, float)
     strong = nearest_label(options.data, rows, texts, options.encoder)
     order = np.random.default_rng(0).permutation(len(rows))
     fitting, rest = order[: len(rows) // 3], order[len(rows) // 3 :]
-    gains = predicted_gains([texts[i] for i in fitting], quality[CERTIFIED_ON][fitting], strong[fitting], [texts[i] for i in rest], options)
+    gains = predicted_gains(
+        [texts[i] for i in fitting],
+        quality[CERTIFIED_ON][fitting],
+        strong[fitting],
+        [texts[i] for i in rest],
+        options,
+    )
     shown: dict[str, Any] = {
         "rows": len(rows), "fitted_on": len(fitting), "certified_on": len(rest) // 2, "traffic": len(rest) - len(rest) // 2,
         "splits": options.splits, "delta": options.delta, "right": {n: round(float(q.mean()), 4) for n, q in quality.items()},
@@ -70,15 +81,21 @@ def main() -> None:
         "sampling_error_95": round(1.96 * (options.delta * (1 - options.delta) / options.splits) ** 0.5, 4),
     }  # fmt: skip
     for alpha in (0.05, 0.1):
-        shown[f"alpha {alpha}"] = cases(gains, {n: q[rest] for n, q in quality.items()}, strong[rest], alpha, options)
+        shown[f"alpha {alpha}"] = cases(
+            gains, {n: q[rest] for n, q in quality.items()}, strong[rest], alpha, options
+        )
     print(json.dumps(shown, indent=1))
 
 
-def cases(gains: np.ndarray, quality: dict[str, np.ndarray], strong: np.ndarray, alpha: float, options: Any) -> dict[str, Any]:
+def cases(
+    gains: np.ndarray, quality: dict[str, np.ndarray], strong: np.ndarray, alpha: float, options: Any
+) -> dict[str, Any]:
     """Case -> promises broken, mean risk and share kept over the splits."""
     lost = {name: own < strong for name, own in quality.items()}
     pairs = [(on, served) for served in quality for on in dict.fromkeys((CERTIFIED_ON, served))]
-    found: dict[str, list[tuple[float, float]]] = {f"certified on {on}, served on {served}": [] for on, served in pairs}
+    found: dict[str, list[tuple[float, float]]] = {
+        f"certified on {on}, served on {served}": [] for on, served in pairs
+    }
     chance = np.random.default_rng(1)
     for _ in range(options.splits):
         split = chance.permutation(len(gains))
@@ -97,11 +114,16 @@ def cases(gains: np.ndarray, quality: dict[str, np.ndarray], strong: np.ndarray,
     }
 
 
-def predicted_gains(texts: list[str], weak: np.ndarray, strong: np.ndarray, asked: list[str], options: Any) -> np.ndarray:
+def predicted_gains(
+    texts: list[str], weak: np.ndarray, strong: np.ndarray, asked: list[str], options: Any
+) -> np.ndarray:
     """What the policy that these rows fit predicts for the others."""
     with tempfile.TemporaryDirectory() as scratch:
         table = Path(scratch, "rows.jsonl")
-        lines = [{"request": t, "weak:score": w, "strong:score": s} for t, w, s in zip(texts, weak.tolist(), strong.tolist(), strict=True)]
+        lines = [
+            {"request": t, "weak:score": w, "strong:score": s}
+            for t, w, s in zip(texts, weak.tolist(), strong.tolist(), strict=True)
+        ]
         table.write_text("".join(json.dumps(line) + "\n" for line in lines))
         fit([table], ["weak", "strong"], Path(scratch, "policy"), Options(encoder=options.encoder))
         policy = load_policy(Path(scratch, "policy"))

@@ -1,7 +1,8 @@
 assert __name__ == "edgeft.router", "import edgeft.router, not router from the checkout"
 
 from edgeft.router.decision import NoCandidate, decide, removed_for
-from edgeft.router.fitting import Options, evaluate, fit
+from edgeft.router.evaluation import evaluate
+from edgeft.router.fitting import Options, fit
 from edgeft.router.policy import LoadedPolicy, load_policy
 from edgeft.router.request import Request, State, from_openai
 from edgeft.types import Decision

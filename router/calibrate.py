@@ -25,8 +25,7 @@ from edgeft.router.certificate import (
 )
 from edgeft.router.decision import decide, removed_for
 from edgeft.router.drift import observe, reference
-from edgeft.router.evaluation import escalated_drafts
-from edgeft.router.fitting import same_candidates
+from edgeft.router.evaluation import escalated_drafts, same_candidates
 from edgeft.router.heads import read, scores_of
 from edgeft.router.policy import (
     CERTIFICATE,

@@ -11,15 +11,17 @@ is above both of sending at once and keeping unseen. A draft that was started is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeft.router import kernel
-from edgeft.router.drafts import FEATURES, Draft, checks, features
+from edgeft.router import kernel, ridge
+from edgeft.router.draft_features import FEATURES, features
+from edgeft.router.drafts import Draft, agree, checks, first_tokens
+from edgeft.router.embedding import nonnegative
+from edgeft.router.features import matrix
 from edgeft.router.figures import choose_threshold
-from edgeft.router.prefix import cut
 from edgeft.router.request import CHARS_PER_TOKEN, Request, as_request
 
 if TYPE_CHECKING:
@@ -33,13 +35,31 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Judge:
-    """Predicts gain of the strongest over a draft. Arrays are float32; `threshold` is where a draft is escalated."""
+    """Predicts gain of the strongest over a draft: a kernel head on its features, and hashed words of prompt and draft, blended. Arrays are
+    float32; `threshold` is where a draft is escalated."""
 
     head: kernel.Kernel
     mean: np.ndarray  # [features]
     scale: np.ndarray
-    threshold: float
+    words: np.ndarray  # [2, D]: of the prompt, of the draft
+    words_bias: np.ndarray  # [2]
+    blend: np.ndarray  # [3]: kernel, prompt, draft; of what each says above `centre`
+    centre: float
+    threshold: float = 0.0
     after_tokens: int | None = None  # judges the first so many tokens (characters / 4); None: whole drafts
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the judge reads of drafts, one a row."""
+
+    numbers: np.ndarray  # [n, features]
+    prompts: np.ndarray  # [n, D]
+    drafts: np.ndarray  # [n, D]
+
+    def rows(self, at: np.ndarray) -> Read:
+        """Some of the rows."""
+        return Read(self.numbers[at], self.prompts[at], self.drafts[at])
 
 
 @dataclass(frozen=True)
@@ -56,11 +76,45 @@ def fit_judge(
 ) -> Judge:  # fmt: skip
     """Fit on (prompt, draft) rows, the strongest's gain over each draft [n] and the drafts' scores [n]; the threshold is chosen on
     leave-one-out predictions: the fewest escalations whose mean score is within `max_loss` of always escalating."""
-    read = [features(prompt, cut(draft, after_tokens)) for prompt, draft in rows]
-    x, mean, scale = standardised(np.array(read))
-    head = kernel.fit(x, gain[:, None], WIDTHS)
-    threshold = choose_threshold(head.left_out[:, 0], draft_scores, draft_scores + gain, max_loss)
-    return Judge(head, mean, scale, threshold, after_tokens)
+    judge, left_out = fit_gain(read_drafts(rows, after_tokens), gain)
+    threshold = choose_threshold(left_out, draft_scores, draft_scores + gain, max_loss)
+    return replace(judge, threshold=threshold, after_tokens=after_tokens)
+
+
+def read_drafts(rows: Sequence[tuple[str, Draft]], after_tokens: int | None = None) -> Read:
+    """What the judge reads of (prompt, draft) rows. Counts are compressed by log(1 + |x|): a draft has one equation or thirty."""
+    seen = [(prompt, first_tokens(draft, after_tokens)) for prompt, draft in rows]
+    numbers = np.array([features(prompt, draft) for prompt, draft in seen])
+    return Read(
+        np.sign(numbers) * np.log1p(np.abs(numbers)),
+        matrix([p for p, _ in seen]),
+        matrix([d.text for _, d in seen]),
+    )
+
+
+def fit_gain(read: Read, gain: np.ndarray, most: int = kernel.LANDMARKS) -> tuple[Judge, np.ndarray]:
+    """(a judge without its threshold, its leave-one-out predictions [n]). Width, strengths and blend are those of the least
+    leave-one-out error."""
+    x, mean, scale = standardised(read.numbers)
+    head = kernel.fit(x, gain[:, None], WIDTHS, most)
+    words = [ridge.fit(part, gain) for part in (read.prompts, read.drafts)]
+    centre = float(gain.mean())
+    parts = [head.left_out[:, 0] - centre, *(w.left_out - centre for w in words)]
+    blend = nonnegative(parts, gain - centre)
+    judge = Judge(
+        head, mean, scale, np.array([w.weights for w in words], np.float32), np.array([w.bias for w in words]), blend, centre
+    )  # fmt: skip
+    return judge, centre + np.column_stack(parts) @ blend
+
+
+def gains(judge: Judge, read: Read) -> np.ndarray:
+    """What the strongest would gain over each draft, float64 [n]."""
+    x = np.clip((read.numbers - judge.mean) / judge.scale, -4, 4)
+    parts = [kernel.predict(judge.head, x)[:, 0]]
+    parts += [
+        p @ w + b for p, w, b in zip((read.prompts, read.drafts), judge.words, judge.words_bias, strict=True)
+    ]
+    return judge.centre + (np.column_stack(parts) - judge.centre) @ judge.blend
 
 
 def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,10 +126,7 @@ def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def predicted_gain(judge: Judge, prompt: str, draft: Draft) -> float:
     """What the strongest would gain over this draft."""
-    x = np.clip(
-        (np.array([features(prompt, cut(draft, judge.after_tokens))]) - judge.mean) / judge.scale, -4, 4
-    )
-    return float(kernel.predict(judge.head, x)[0, 0])
+    return float(gains(judge, read_drafts([(prompt, draft)], judge.after_tokens))[0])
 
 
 def judge_draft(
@@ -155,24 +206,24 @@ def enough(policy: LoadedPolicy, text: str) -> bool:
 
 def agreement_keeps(one: Sequence[str], two: Sequence[str]) -> np.ndarray:
     """bool [n]: where two local models' answers agree and the first one's is kept."""
-    from edgeft.router.drafts import agree
-
     return np.array([agree(a, b) for a, b in zip(one, two, strict=True)], bool)
+
+
+ARRAYS = ("mean", "scale", "words", "words_bias", "blend")
 
 
 def judge_tensors(judge: Judge) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, manifest block) of a judge for the policy folder."""
+    head = {"landmarks": judge.head.landmarks, "weights": judge.head.weights, "bias": judge.head.bias}
     tensors = {
-        "judge.landmarks": judge.head.landmarks, "judge.weights": judge.head.weights.astype(np.float32),
-        "judge.bias": judge.head.bias.astype(np.float32), "judge.mean": judge.mean.astype(np.float32),
-        "judge.scale": judge.scale.astype(np.float32),
-    }  # fmt: skip
-    return tensors, {
-        "features": list(FEATURES),
-        "width": judge.head.width,
-        "threshold": judge.threshold,
-        "after_tokens": judge.after_tokens,
+        f"judge.{k}": np.asarray(v, np.float32)
+        for k, v in (head | {k: getattr(judge, k) for k in ARRAYS}).items()
     }
+    block = {
+        "features": list(FEATURES), "width": judge.head.width, "centre": judge.centre, "threshold": judge.threshold,
+        "after_tokens": judge.after_tokens,
+    }  # fmt: skip
+    return tensors, block
 
 
 def load_judge(tensors: Mapping[str, np.ndarray], block: Mapping[str, Any]) -> Judge:
@@ -181,17 +232,13 @@ def load_judge(tensors: Mapping[str, np.ndarray], block: Mapping[str, Any]) -> J
         raise ValueError("the judge's features are not those of this edgeft")
     weights = np.asarray(tensors["judge.weights"], float)
     head = kernel.Kernel(
-        tensors["judge.landmarks"],
-        weights,
-        np.asarray(tensors["judge.bias"], float),
-        block["width"],
-        [],
-        np.zeros((0, weights.shape[1])),
-    )
+        tensors["judge.landmarks"], weights, np.asarray(tensors["judge.bias"], float), block["width"], [], np.zeros((0, weights.shape[1]))
+    )  # fmt: skip
+    arrays = {name: np.asarray(tensors[f"judge.{name}"], float) for name in ARRAYS}
     return Judge(
         head,
-        np.asarray(tensors["judge.mean"], float),
-        np.asarray(tensors["judge.scale"], float),
-        block["threshold"],
-        block.get("after_tokens"),
+        **arrays,
+        centre=block["centre"],
+        threshold=block["threshold"],
+        after_tokens=block["after_tokens"],
     )

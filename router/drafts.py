@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgeft.router.request import CHARS_PER_TOKEN
+
 NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?")
 LEFT = re.compile(r"[\d.,()\s+\-*/x×÷%$]+$")  # what may stand left of an equals sign
 RIGHT = re.compile(r"\s*(?:<<[^>]{0,80}>>)?\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
@@ -22,18 +24,7 @@ OPERATORS: dict[type, Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
-HEDGES = re.compile(
-    r"\b(?:however|but|assum\w+|let's|denote|equation|closest|approximately|rounded|suppose|unknown)\b",
-    re.IGNORECASE,
-)
 LABEL = "####"  # GSM8K's mark before the final answer
-FEATURES = (
-    "log_characters", "log_prompt", "lines", "numbers", "equations", "equations_wrong", "label", "cut",
-    "answer_integer", "log_answer", "answer_last", "numbers_unused", "numbers_new", "steps_per_number",
-    "annotations", "ends_blank", "question_numbers", "question_sentences", "hedges", "fractions", "percent",
-    "repeats", "answer_in_question", "answer_negative", "rounding", "equal_signs", "question_asks_remaining",
-    "variables", "max_number", "logprob", "logprob_known", "agrees", "agrees_known",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,11 +38,30 @@ class Draft:
     complete: bool = True  # False: the first k tokens alone
 
 
+@dataclass(frozen=True)
+class Equation:
+    """left = right, as a draft has it."""
+
+    left: str
+    value: float | None  # what the left side comes to
+    shown: float | None  # what stands on the right
+    written: str  # the right side as text
+    end: int  # where the text goes on behind it
+
+
+def first_tokens(draft: Draft, tokens: int | None) -> Draft:
+    """The first so many tokens of a draft, taken as characters / 4; itself where it has no more (or for None). Of what was cut off nothing is
+    known: no log-probability, no agreement, no reason why it ended."""
+    if tokens is None or len(draft.text) <= CHARS_PER_TOKEN * tokens:
+        return draft
+    return Draft(draft.text[: CHARS_PER_TOKEN * tokens], complete=False)
+
+
 def answer_number(text: str) -> float | None:
     """The final number: after the label if it stands, else the last number of the text."""
     tail = text.rsplit(LABEL, 1)[1] if LABEL in text else text
     found = NUMBER.findall(tail)
-    return _value(found[0] if LABEL in text and found else found[-1]) if found else None
+    return value_of(found[0] if LABEL in text and found else found[-1]) if found else None
 
 
 def agree(one: str, two: str) -> bool:
@@ -62,9 +72,9 @@ def agree(one: str, two: str) -> bool:
     return " ".join(one.casefold().split()) == " ".join(two.casefold().split())
 
 
-def arithmetic(text: str) -> tuple[int, int]:
-    """(equations that could be computed, how many of them are wrong). Rounding to the digits shown is not wrong."""
-    seen = wrong = 0
+def equations(text: str) -> list[Equation]:
+    """The equations of a text whose left side is arithmetic, in their order."""
+    found = []
     for sign in re.finditer("=", text):
         left, right = (
             LEFT.search(text[max(0, sign.start() - MAX_LEFT) : sign.start()]),
@@ -72,12 +82,26 @@ def arithmetic(text: str) -> tuple[int, int]:
         )
         if left is None or right is None or not re.search(r"\d[\d)%\s]*[+\-*/x×÷]", left[0]):
             continue
-        value, shown = compute(left[0]), _value(right[1])
-        if value is None or shown is None:
+        found.append(
+            Equation(left[0], compute(left[0]), value_of(right[1]), right[1], sign.end() + len(right[0]))
+        )
+    return found
+
+
+def arithmetic(text: str) -> tuple[int, int]:
+    """(equations that could be computed, how many of them are wrong). Rounding to the digits shown is not wrong."""
+    return counted(equations(text))
+
+
+def counted(found: Sequence[Equation]) -> tuple[int, int]:
+    """The same of equations at hand."""
+    seen = wrong = 0
+    for equation in found:
+        if equation.value is None or equation.shown is None:
             continue
         seen += 1
-        digits = len(right[1].partition(".")[2])
-        wrong += abs(value - shown) > 0.51 * 10.0**-digits + 1e-9 * abs(value)
+        digits = len(equation.written.partition(".")[2])
+        wrong += abs(equation.value - equation.shown) > 0.51 * 10.0**-digits + 1e-9 * abs(equation.value)
     return seen, wrong
 
 
@@ -161,45 +185,8 @@ def _fits(value: Any, schema: Mapping[str, Any], depth: int) -> bool:
     return True
 
 
-def features(prompt: str, draft: Draft) -> list[float]:
-    """The numbers that the judge reads, in the order of FEATURES."""
-    text, answer = draft.text, answer_number(draft.text)
-    asked = [v for n in NUMBER.findall(prompt) if (v := _value(n)) is not None]
-    used = [v for n in NUMBER.findall(text) if (v := _value(n)) is not None]
-    seen, wrong = arithmetic(text)
-    known = set(asked)
-    body = used[:-1] if LABEL in text and used else used
-    lines = [line for line in text.splitlines() if line.strip()]
-    whole = answer is not None and abs(answer - round(answer)) < 1e-6
-    agrees = None if draft.second is None else agree(text, draft.second)
-    found = {
-        "log_characters": math.log1p(len(text)), "log_prompt": math.log1p(len(prompt)), "lines": len(lines), "numbers": math.log1p(len(used)),
-        "equations": seen, "equations_wrong": wrong, "label": LABEL in text,
-        "cut": _is_cut(draft),
-        "answer_integer": whole, "log_answer": 0.0 if answer is None else math.log1p(abs(min(answer, 1e12))),
-        "answer_last": bool(body) and answer is not None and math.isclose(body[-1], answer, rel_tol=1e-6),
-        "numbers_unused": sum(v not in used for v in known), "numbers_new": len(set(used) - known),
-        "steps_per_number": seen / (1 + len(asked)), "annotations": text.count("<<"), "ends_blank": text.endswith("\n"),
-        "question_numbers": len(asked), "question_sentences": len(re.findall(r"[.!?](?:\s|$)", prompt)),
-        "hedges": len(HEDGES.findall(text)),
-        "fractions": len(re.findall(r"\d\s*/\s*\d|half|third|quarter|fifth", prompt, re.I)), "percent": prompt.count("%"),
-        "repeats": len(lines) - len(set(lines)), "answer_in_question": answer is not None and answer in known,
-        "answer_negative": answer is not None and answer < 0, "rounding": len(re.findall(r"\d\.\d{3,}", text)), "equal_signs": text.count("="),
-        "question_asks_remaining": bool(re.search(r"\b(?:left|remain|more than|less than|fewer|difference|still)\b", prompt, re.I)),
-        "variables": len(re.findall(r"(?<![\w])[a-zA-Z](?=\s*[=+\-*/])", text)), "max_number": math.log1p(max([abs(v) for v in asked] or [0])),
-        "logprob": draft.mean_logprob or 0.0, "logprob_known": draft.mean_logprob is not None,
-        "agrees": bool(agrees), "agrees_known": agrees is not None,
-    }  # fmt: skip
-    return [float(found[name]) for name in FEATURES]
-
-
-def _is_cut(draft: Draft) -> bool:
-    if draft.finish_reason is not None:
-        return draft.finish_reason == "length"
-    return LABEL not in draft.text and not re.search(r"[.!?)}\]\"']\s*$", draft.text[-40:])
-
-
-def _value(text: str) -> float | None:
+def value_of(text: str) -> float | None:
+    """The number that a text of digits, commas and a currency sign writes, or None."""
     try:
         value = float(text.replace("$", "").replace(",", ""))
     except ValueError:

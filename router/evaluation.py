@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgeft.errors import UsageError
 from edgeft.router.costs import cost_of
 from edgeft.router.curves import aiq, hull, interval, routing_figures
 from edgeft.router.duplicates import near
 from edgeft.router.figures import loss_choices, mix_figures, picked, thresholds, tradeoff_choices, verdict
+from edgeft.router.fit_heads import draft_of
 from edgeft.router.heads import output_tokens, read, scores_of
 from edgeft.router.policy import LoadedPolicy
-from edgeft.router.reports import Item, Joined
+from edgeft.router.reports import Item, Joined, join, refuse_used
 from edgeft.router.rule import ALWAYS_STRONG, ALWAYS_WEAK
 
 FRONTIER_POINTS = 21
+
+
+def evaluate(policy: LoadedPolicy, places: Sequence[Path]) -> dict[str, Any]:
+    """The policy's figures on reports whose items it has not seen: what `decide` gives for each request, by its rule.
+
+    Raises UsageError naming items that it has seen, or a candidate that is another artefact now.
+    """
+    joined = same_candidates(policy, places)
+    refuse_used(joined.items, policy.policy.seen_rows, "evaluate the policy")
+    return report_of(policy, joined, [str(place) for place in places])
+
+
+def same_candidates(policy: LoadedPolicy, places: Sequence[Path]) -> Joined:
+    """The items of the policy's candidates. Raises UsageError where one is another artefact than the policy's."""
+    names = list(policy.candidates)
+    joined = join(places, names)
+    for before, now in zip(policy.policy.candidates, joined.candidates, strict=True):
+        if before["artifact_sha256"] != now["artifact_sha256"]:
+            raise UsageError(
+                f"'{now['id']}' in the report is not the artefact that the policy was fitted on.",
+                f"edgeft route fit … {' '.join(f'--candidate {name}' for name in names)}",
+            )
+    return joined
 
 
 def report_of(policy: LoadedPolicy, joined: Joined, places: list[str]) -> dict[str, Any]:
@@ -73,7 +99,6 @@ def scores_and_costs(policy: LoadedPolicy, items: Sequence[Item]) -> tuple[np.nd
 def escalated_drafts(policy: LoadedPolicy, items: Sequence[Item]) -> list[bool]:
     """Which items' drafts the policy's judge would escalate; none where the policy does not draft."""
     from edgeft.router.cascade import judge_draft
-    from edgeft.router.fitting import draft_of
 
     block = policy.policy.features.get("cascade")
     if block is None:
@@ -86,7 +111,6 @@ def first_tokens(
     policy: LoadedPolicy, items: Sequence[Item], quality: np.ndarray, share: float
 ) -> dict[str, Any] | None:
     """How well drafts could be judged after their first k tokens (router/prefix.py); None where the policy does not draft."""
-    from edgeft.router.fitting import draft_of
     from edgeft.router.prefix import by_first_tokens
 
     block = policy.policy.features.get("cascade")

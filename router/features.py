@@ -32,12 +32,7 @@ ASCII_WORD = re.compile(rb"\w+")
 def arrays(text: str) -> tuple[np.ndarray, np.ndarray]:
     """(columns, ascending int64 [n]; values, float64 [n], of length 1); both empty where the text has no word."""
     start = text[:MAX_CHARACTERS].lower()
-    # In ASCII the same words are found without encoding each.
-    words = (
-        ASCII_WORD.findall(start.encode())
-        if start.isascii()
-        else [w.encode(errors="replace") for w in WORD.findall(start)]
-    )
+    words = _ascii_words(start) if start.isascii() else _words(start)
     singles = list(map(crc32, words))
     # crc32(b, crc32(a)) is crc32(a + b): the pair "a b" without joining it.
     pairs = map(crc32, map(b" ".__add__, words[1:]), singles)
@@ -54,6 +49,16 @@ def vector(text: str) -> dict[int, float]:
     """Column -> value, of length 1 (or empty, where the text has no word)."""
     columns, values = arrays(text)
     return dict(zip(columns.tolist(), values.tolist(), strict=True))
+
+
+def _ascii_words(text: str) -> list[bytes]:
+    """The same as `_words`, without encoding each."""
+    found: list[bytes] = ASCII_WORD.findall(text.encode())
+    return found
+
+
+def _words(text: str) -> list[bytes]:
+    return [word.encode(errors="replace") for word in WORD.findall(text)]
 
 
 def matrix(texts: Sequence[str]) -> np.ndarray:

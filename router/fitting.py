@@ -1,4 +1,4 @@
-"""Fit a policy on reports, and evaluate it on others.
+"""Fit a policy on reports.
 
 Items fall in two halves by the hash of the request's text. The heads are fitted on one; the rule is
 chosen on the other, which they did not see. The figures printed are of that second half,
@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeft.errors import UsageError, unknown
-from edgeft.router import costs, privacy, ridge, rule
-from edgeft.router.drafts import Draft
-from edgeft.router.duplicates import signatures
-from edgeft.router.features import SPEC, matrix
+from edgeft.errors import unknown
+from edgeft.router import costs, privacy, rule
+from edgeft.router.features import matrix
 from edgeft.router.figures import choose_loss_threshold, loss_choices, mix_figures, thresholds, verdict
-from edgeft.router.heads import read, scores_of
+from edgeft.router.fit_heads import fit_cascade, fit_heads, predicted
 from edgeft.router.policy import LoadedPolicy, save_policy
 from edgeft.router.reports import Item, Joined, join, names_in, refuse_used, used_before
 from edgeft.types import Policy
@@ -75,7 +73,7 @@ def fit(
     if not options.allow_seen_rows:
         refuse_used(joined.items, before, "fit a router")
     to_fit, to_choose = halves(joined.items)
-    tensors, heads, features = fit_heads(to_fit, options)
+    tensors, heads, features = fit_heads(to_fit, options.encoder)
     if options.cascade:
         more, features["cascade"] = fit_cascade(
             to_fit, joined.candidates, options.max_loss, options.judge_after
@@ -87,7 +85,7 @@ def fit(
     names = [c["id"] for c in joined.candidates]
     found = mix_figures(quality, _cross_fitted(to_choose, scores, quality, options.max_loss), names)
     worth_it, sentence = verdict(found, options.max_loss)
-    far = _far(to_fit, tensors, options.far_share)
+    far = _far(to_fit, options.far_share)
     policy = Policy(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         candidates=joined.candidates,
@@ -118,118 +116,6 @@ def fit(
         seen_rows={**before, SEEN: sorted({h for item in joined.items for h in item.hashes})},
     )
     return save_policy(policy, tensors, out)
-
-
-def evaluate(policy: LoadedPolicy, places: Sequence[Path]) -> dict[str, Any]:
-    """The policy's figures on reports whose items it has not seen: what `decide` gives for each request, by its rule.
-
-    Raises UsageError naming items that it has seen, or a candidate that is another artefact now.
-    """
-    joined = same_candidates(policy, places)
-    refuse_used(joined.items, policy.policy.seen_rows, "evaluate the policy")
-    from edgeft.router.evaluation import report_of
-
-    return report_of(policy, joined, [str(place) for place in places])
-
-
-def same_candidates(policy: LoadedPolicy, places: Sequence[Path]) -> Joined:
-    """The items of the policy's candidates. Raises UsageError where one is another artefact than the policy's."""
-    names = list(policy.candidates)
-    joined = join(places, names)
-    for before, now in zip(policy.policy.candidates, joined.candidates, strict=True):
-        if before["artifact_sha256"] != now["artifact_sha256"]:
-            raise UsageError(
-                f"'{now['id']}' in the report is not the artefact that the policy was fitted on.",
-                f"edgeft route fit … {' '.join(f'--candidate {name}' for name in names)}",
-            )
-    return joined
-
-
-def fit_heads(
-    items: Sequence[Item], options: Options
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
-    """(tensors, what is said of the heads, features block). Targets: the first candidate's score, the others' gains over it."""
-    quality = np.array([item.scores for item in items])
-    x = matrix([item.request for item in items])
-    fitted = ridge.fit_all(x, targets_of(quality))
-    tensors = {
-        "text.weights": np.array([f.weights for f in fitted], np.float32),
-        "text.bias": np.array([f.bias for f in fitted], np.float32),
-        "seen.columns": (x != 0).any(0).astype(np.uint8),
-        "seen.signatures": signatures([item.request for item in items]),
-    }
-    said: dict[str, Any] = {
-        "kind": "ridge on the first score and the gains over it",
-        **{k: [getattr(f, k) for f in fitted] for k in ("strength", "loo_mse", "constant_mse")},
-    }
-    said["tokens"] = _token_head(items, x, tensors)
-    features: dict[str, Any] = dict(SPEC)
-    if options.encoder:
-        from edgeft.router.embedding import fit_embedding
-
-        more, blend, features["embedding"] = fit_embedding(
-            options.encoder, items, targets_of(quality), fitted
-        )
-        tensors |= more
-        said["embedding"] = blend
-    return tensors, said, features
-
-
-def fit_cascade(
-    items: Sequence[Item],
-    candidates: Sequence[Mapping[str, Any]],
-    max_loss: float,
-    after_tokens: int | None = None,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, manifest block) of a judge over the cheapest candidate's drafts. Where the next cheapest is local too and is not
-    the strongest, its agreement is a feature. Raises UsageError where the reports hold no answers."""
-    from edgeft.router.cascade import fit_judge, judge_tensors
-
-    second = 1 if len(candidates) > 2 and not candidates[1].get("remote") else None
-    rows = [(item.request, draft_of(item, second)) for item in items]
-    quality = np.array([item.scores for item in items])
-    judge = fit_judge(rows, quality[:, -1] - quality[:, 0], quality[:, 0], max_loss, after_tokens)
-    tensors, block = judge_tensors(judge)
-    return tensors, {
-        **block,
-        "draft": candidates[0]["id"],
-        "second": None if second is None else candidates[second]["id"],
-    }
-
-
-def draft_of(item: Item, second: int | None) -> Draft:
-    """The cheapest candidate's answer as a draft. Raises UsageError where the item holds none."""
-    text = item.outputs[0] if item.outputs else None
-    if text is None:
-        raise UsageError(
-            f"the item '{item.item_id}' holds no answer, which a cascade is fitted on.",
-            "edgeft bench …, without --cascade",
-        )
-    other = item.outputs[second] if second is not None else None
-    return Draft(text, None, item.logprobs[0] if item.logprobs else None, other)
-
-
-def targets_of(quality: np.ndarray) -> np.ndarray:
-    """What the heads learn: column 0 as it is, the others less column 0."""
-    return np.column_stack([quality[:, 0], quality[:, 1:] - quality[:, :1]])
-
-
-def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Sequence[Item]) -> np.ndarray:
-    """Expected scores [items, candidates] as `decide` computes them from these tensors."""
-    texts = [item.request for item in items]
-    outputs = matrix(texts) @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
-    if features.get("embedding"):
-        from edgeft.router.embedding import blended, load_encoder
-
-        spec = features["embedding"]
-        outputs = blended(tensors, spec, outputs, load_encoder(spec), texts)
-    gains = np.clip(outputs[:, 1:], -1.0, 1.0)
-    return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])
-
-
-def scores_by_decide(policy: LoadedPolicy, items: Sequence[Item]) -> np.ndarray:
-    """The same from a loaded policy, one request at a time."""
-    return np.array([scores_of(policy, read(policy, item.request)) for item in items])
 
 
 def ordered(joined: Joined, settings: Mapping[str, Any]) -> Joined:
@@ -288,43 +174,6 @@ def _cross_fitted(
     return choice
 
 
-def _token_head(
-    items: Sequence[Item], x: np.ndarray, tensors: dict[str, np.ndarray]
-) -> dict[str, Any] | None:
-    """Fit log(1 + output tokens) of every candidate where all are known; kept where it beats the mean left-one-out."""
-    if any(value is None for item in items for value in item.output_tokens):
-        return None
-    target = np.log1p(np.array([item.output_tokens for item in items], float))
-    if float(target.std(0).max()) < 1e-9:
-        return None
-    fitted = ridge.fit_all(x, target)
-    worth = [f.loo_mse < f.constant_mse for f in fitted]
-    tensors["tokens.weights"] = np.array(
-        [f.weights if w else np.zeros_like(f.weights) for f, w in zip(fitted, worth, strict=True)], np.float32
-    )
-    tensors["tokens.bias"] = np.array(
-        [f.bias if w else t for f, w, t in zip(fitted, worth, target.mean(0), strict=True)], np.float32
-    )
-    return {
-        "loo_mse": [f.loo_mse for f in fitted],
-        "constant_mse": [f.constant_mse for f in fitted],
-        "used": worth,
-    }
-
-
-def _far(items: Sequence[Item], tensors: Mapping[str, np.ndarray], share: float) -> float | None:
-    """The similarity below which `share` of rows lie, each against the others (five folds)."""
-    if share <= 0:
-        return None
-    fold = np.array([int(_digest(item.request, "fold")[:8], 16) % FOLDS for item in items])
-    x = matrix([item.request for item in items])
-    found = np.ones(len(items))
-    for index in np.unique(fold):
-        here = fold == index
-        found[here] = (x[here] ** 2) @ (x[~here] != 0).any(0)
-    return float(np.quantile(found, share))
-
-
 def _apply(options: Options, candidates: list[dict[str, Any]]) -> None:
     names = [c["id"] for c in candidates]
     for name in (*options.prices, *options.local):
@@ -350,3 +199,16 @@ def _known(given: Mapping[str, Any], known: Mapping[str, Any], kind: str) -> Map
 
 def _digest(text: str, salt: str) -> str:
     return hashlib.sha256(f"{salt}:{text}".encode(errors="surrogatepass")).hexdigest()
+
+
+def _far(items: Sequence[Item], share: float) -> float | None:
+    """The similarity below which `share` of rows lie, each against the others (five folds)."""
+    if share <= 0:
+        return None
+    fold = np.array([int(_digest(item.request, "fold")[:8], 16) % FOLDS for item in items])
+    x = matrix([item.request for item in items])
+    found = np.ones(len(items))
+    for index in np.unique(fold):
+        here = fold == index
+        found[here] = (x[here] ** 2) @ (x[~here] != 0).any(0)
+    return float(np.quantile(found, share))

@@ -36,7 +36,7 @@ def page(found: dict[str, Any]) -> str:
         f"<p>{escape(found['verdict'])}</p><p>{figures['n']} items of {escape(', '.join(found['reports']))}</p>"
         f"<table><tr><th>rule</th><th>score</th><th>95 % interval</th><th>cost a request ({unit})</th></tr>{body}</table>"
         f"<h2>Score over cost</h2><figure>{plot(found)}<figcaption>{escape(caption(found))}</figcaption></figure>"
-        f"{_ends_table(found['two_ends'])}</body></html>\n"
+        f"{_ends_table(found['two_ends'])}{_early_table(found.get('by_first_tokens'))}</body></html>\n"
     )
 
 
@@ -83,6 +83,20 @@ def _ends_table(ends: dict[str, Any] | None) -> str:
         for n, k in (("APGR", "apgr"), ("CPT50", "cpt50"), ("CPT80", "cpt80"))
     )
     return f"<h2>Cheapest against strongest</h2><table><tr><th></th><th>protocol</th><th>isotonic</th></tr>{body}</table>"
+
+
+def _early_table(drafts: dict[str, Any] | None) -> str:
+    if not drafts or not drafts["curve"]:
+        return ""
+    body = "".join(
+        f"<tr><td>{e['tokens'] or 'whole'}</td><td>{e['ended_share']:.0%}</td><td>{e['apgr']:.3f}</td>"
+        f"<td>{'' if e['apgr_ci95'] is None else '{:.3f} to {:.3f}'.format(*e['apgr_ci95'])}</td><td>{100 * e['score_at_same_share']:.1f}</td></tr>"
+        for e in drafts["curve"]
+    )
+    return (
+        "<h2>Judging drafts after their first tokens</h2><table><tr><th>tokens</th><th>drafts that end there</th><th>APGR</th>"
+        f"<th>95 % interval</th><th>score at the same share</th></tr>{body}</table><p>{escape(drafts['how'])}</p>"
+    )
 
 
 def _ends(ends: list[float] | None) -> str:

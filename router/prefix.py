@@ -7,33 +7,17 @@ ended count as not known.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from edgeft.router import kernel
+from edgeft.router.cascade import Read, fit_gain, gains, read_drafts
 from edgeft.router.curves import interval, routing_figures
-from edgeft.router.drafts import Draft, features
-from edgeft.router.request import CHARS_PER_TOKEN
+from edgeft.router.drafts import Draft, first_tokens
 
 TOKENS = (8, 16, 32, 64, 128)
 FOLDS = 5
 LANDMARKS = 400
-
-
-def cut(draft: Draft, tokens: int | None) -> Draft:
-    """The first so many tokens of a draft; itself where it has no more (or for None)."""
-    if tokens is None or len(draft.text) <= CHARS_PER_TOKEN * tokens:
-        return draft
-    return replace(
-        draft,
-        text=draft.text[: CHARS_PER_TOKEN * tokens],
-        finish_reason=None,
-        mean_logprob=None,
-        second=None,
-        complete=False,
-    )
 
 
 def by_first_tokens(
@@ -48,11 +32,9 @@ def by_first_tokens(
     gain = strong_scores - draft_scores
     found = []
     for k in (*tokens, None):
-        seen = [cut(draft, k) for _, draft in rows]
-        x = np.array([features(prompt, draft) for (prompt, _), draft in zip(rows, seen, strict=True)])
-        predicted = cross_fitted(x, gain, seed)
+        predicted = cross_fitted(read_drafts(rows, k), gain, seed)
         entry: dict[str, Any] = {
-            "tokens": k, "ended_share": float(np.mean([d.complete for d in seen])),
+            "tokens": k, "ended_share": float(np.mean([first_tokens(draft, k).complete for _, draft in rows])),
             "apgr": routing_figures(predicted, draft_scores, strong_scores)["apgr"],
             "apgr_ci95": interval(
                 lambda i, p=predicted: routing_figures(p[i], draft_scores[i], strong_scores[i])["apgr"], len(gain), resamples=400
@@ -66,19 +48,14 @@ def by_first_tokens(
     return found
 
 
-def cross_fitted(x: np.ndarray, gain: np.ndarray, seed: int = 0) -> np.ndarray:
+def cross_fitted(read: Read, gain: np.ndarray, seed: int = 0) -> np.ndarray:
     """Each row's gain by a judge fitted on the other folds."""
-    from edgeft.router.cascade import WIDTHS, standardised
-
-    order = np.random.default_rng(seed).permutation(len(x))
-    found = np.zeros(len(x))
+    order = np.random.default_rng(seed).permutation(len(gain))
+    found = np.zeros(len(gain))
     for place in range(FOLDS):
         here = order[place::FOLDS]
         others = np.setdiff1d(order, here)
-        own, mean, scale = standardised(x[others])
-        head = kernel.fit(own, gain[others][:, None], WIDTHS, most=LANDMARKS)
+        judge, _ = fit_gain(read.rows(others), gain[others], LANDMARKS)
         # Held against the fold's own mean: folds must not differ by their constants.
-        found[here] = (
-            kernel.predict(head, np.clip((x[here] - mean) / scale, -4, 4))[:, 0] - gain[others].mean()
-        )
+        found[here] = gains(judge, read.rows(here)) - gain[others].mean()
     return found

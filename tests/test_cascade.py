@@ -15,6 +15,7 @@ from edgeft.router import Options, decide, fit, kernel, load_policy
 from edgeft.router.calibrate import calibrate
 from edgeft.router.cascade import (
     drafts,
+    enough,
     first,
     fit_judge,
     judge,
@@ -24,7 +25,9 @@ from edgeft.router.cascade import (
     predicted_gain,
     strongest_allowed,
 )
-from edgeft.router.drafts import FEATURES, Draft, agree, answer_number, arithmetic, checks, compute, features
+from edgeft.router.draft_features import FEATURES, features
+from edgeft.router.drafts import Draft, agree, answer_number, arithmetic, checks, compute, first_tokens
+from edgeft.router.prefix import by_first_tokens
 from tests.test_router import PAIR, line, write_report
 
 
@@ -125,6 +128,66 @@ def test_the_judge_learns_what_the_checks_show_and_reads_back():
         assert predicted_gain(again, p, d) == pytest.approx(predicted_gain(made, p, d), abs=1e-4)
     with pytest.raises(ValueError):
         load_judge(tensors, {**block, "features": []})
+
+
+def test_the_replay_sees_steps_that_do_not_hang_together():
+    def of(
+        text: str, prompt: str = "Tom buys 3 pens at 4 dollars and 2 books at 9 dollars."
+    ) -> dict[str, float]:
+        return dict(zip(FEATURES, features(prompt, Draft(text)), strict=True))
+
+    whole = of("3 * 4 = 12\n2 * 9 = 18\n12 + 18 = 30\n#### 30")
+    assert whole["answer_is_last_result"] == 1 and whole["results_unused"] == whole["operands_strange"] == 0
+    assert whole["multiplications"] == 2 and whole["additions"] == 1 and whole["answer_repeated"] == 1
+    assert of("3 * 4 = 12\n2 * 9 = 18\n#### 18")["results_unused"] == 1
+    assert of("3 * 4 = 12\n12 + 17 = 29\n#### 29")["operands_strange"] == 1
+    assert of("3 * 4 = 12\n#### 31")["answer_is_last_result"] == 0
+
+
+def test_a_long_hostile_draft_is_read_in_no_time():
+    import time
+
+    began = time.process_time()
+    features("1 " * 500, Draft("1+1=2 " * 4000))
+    assert time.process_time() - began < 10
+
+
+def test_a_judge_of_the_first_tokens_reads_no_more_and_says_when_it_has_enough():
+    rows, gain, scores = world(300, 4)
+    made = fit_judge(rows, gain, scores, after_tokens=5)
+    head, tail = "30 + 12 = 49 so I say", " it is\n#### 42"
+    whole, cut = (
+        Draft(head + tail, "stop", -0.1, "#### 42"),
+        first_tokens(Draft(head + tail, "stop", -0.1, "#### 42"), 5),
+    )
+    assert (
+        cut == Draft(head[:20], complete=False)
+        and first_tokens(whole, None) is whole
+        and first_tokens(whole, 500) is whole
+    )
+    prompt = "What is 30 and 12 together?"
+    assert predicted_gain(made, prompt, whole) == predicted_gain(
+        made, prompt, Draft(head[:20] + " other words", complete=False)
+    )
+    again = load_judge(*judge_tensors(made))
+    assert again.after_tokens == 5
+    from types import SimpleNamespace
+
+    assert enough(SimpleNamespace(judge=again), head) and not enough(SimpleNamespace(judge=again), head[:20])
+    assert not enough(SimpleNamespace(judge=replace(again, after_tokens=None)), head * 100)
+
+
+def test_the_curve_by_first_tokens_rises_to_the_whole_draft():
+    rows, gain, scores = world(200, 5)
+    curve = by_first_tokens(rows, scores, scores + gain, share=0.4, tokens=(1, 3))
+    assert (
+        [e["tokens"] for e in curve] == [1, 3, None]
+        and curve[-1]["ended_share"] == 1.0
+        and curve[0]["ended_share"] == 0.0
+    )
+    assert curve[0]["apgr"] < 0.65 < 0.85 < curve[-1]["apgr"], "three digits do not tell what the sum will be"
+    assert curve[-1]["score_at_same_share"] > curve[0]["score_at_same_share"] + 0.1
+    assert by_first_tokens(rows, scores + gain, scores) == []
 
 
 def test_the_first_move_is_the_one_of_most_worth():

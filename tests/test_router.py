@@ -100,6 +100,13 @@ def noise(n: int, seed: int) -> dict[str, list[dict]]:
     return synthetic(n, seed, lambda _: 0.5, lambda _: 0.8)
 
 
+def test_the_short_way_to_words_is_the_long_one():
+    from edgeft.router.features import _ascii_words, _words
+
+    for text in ("", "a_b 12, x-y\n\tz's \x1c\x1f q", "".join(map(chr, range(128))) * 2):
+        assert _ascii_words(text) == _words(text)
+
+
 def test_features_are_the_same_in_another_process_and_of_length_one():
     text = "I want my REFUND, not a card; überweisung 42 refund"
     program = f"from edgeft.router.features import vector; import json; print(json.dumps(vector({text!r})))"

@@ -8,6 +8,7 @@ import click
 from edgeft import console
 from edgeft.cli import Group, options
 from edgeft.cli.route_cache import command as cache_calibrate
+from edgeft.cli.route_look import decide_command, explain_command, replay_command
 from edgeft.cli.route_recertify import recertify
 
 FOLDER = click.Path(path_type=Path)
@@ -20,7 +21,8 @@ def command() -> None:
     """Fit and use a routing policy."""
 
 
-command.add_command(recertify)
+for other in (recertify, decide_command, explain_command, replay_command):
+    command.add_command(other)
 
 
 @command.command("fit")
@@ -146,7 +148,12 @@ def eval_command(policy: Path, reports: tuple[Path, ...], html: Path | None) -> 
         console.note(line)
     if (drafts := found["by_first_tokens"]) and drafts["curve"]:
         rows = [
-            (str(e["tokens"] or "whole"), f"{e['apgr']:.3f}", _ends(e["apgr_ci95"]), f"{100 * e['score_at_same_share']:.1f}")
+            (
+                str(e["tokens"] or "whole"),
+                f"{e['apgr']:.3f}",
+                _ends(e["apgr_ci95"]),
+                f"{100 * e['score_at_same_share']:.1f}",
+            )
             for e in drafts["curve"]
         ]
         console.table(("first tokens", "APGR", "95 % interval", "score"), rows, title="Judging drafts early")
@@ -219,70 +226,6 @@ def suspend_command(policy: Path, because: str | None, lift: bool) -> None:
         raise UsageError("say why, or lift the suspension.", "--because 'new product line', or --lift")
     found = suspend(policy, because)
     console.result(found, "in force again" if lift else f"suspended: {because}")
-
-
-@command.command("decide")
-@click.argument("policy", type=FOLDER)
-@click.argument("text")
-@options
-def decide_command(policy: Path, text: str) -> None:
-    """Show where a policy sends one request, and why."""
-    from dataclasses import asdict
-
-    from edgeft.router import decide, load_policy
-
-    decision = decide(load_policy(policy), text)
-    console.result(asdict(decision), f"{decision.choice}: {decision.reason}")
-
-
-@command.command("explain")
-@click.argument("policy", type=FOLDER)
-@click.argument("text")
-@options
-def explain_command(policy: Path, text: str) -> None:
-    """Show what spoke for a decision and what would have changed it."""
-    from edgeft.router import load_policy
-    from edgeft.router.explain import explain
-
-    found = explain(load_policy(policy), text)
-    rows = [(name, f"{score:.3f}", f"{found['costs'][name]:.3g}") for name, score in found["scores"].items()]
-    rows += [(name, "–", why) for name, why in found["removed"].items()]
-    console.table(("candidate", "expected score", "cost"), rows)
-    console.table(
-        ("what spoke", "gain of the strongest"), [(s["text"], f"{s['gain']:+.4f}") for s in found["spoke"]]
-    )
-    lines = [f"{found['choice']}: {found['reason']}", f"certificate {found['certificate']}"]
-    lines += [f"would change it: {line}" for line in found["would_change_it"]]
-    console.result(found, "\n".join(lines))
-
-
-@command.command("replay")
-@click.argument("policy", type=FOLDER)
-@click.argument("log", type=FOLDER)
-@options
-def replay_command(policy: Path, log: Path) -> None:
-    """Show what a policy would have done with logged traffic."""
-    from edgeft.router import load_policy
-    from edgeft.router.replay import replay
-
-    found = replay(load_policy(policy), log)
-    rows = [
-        (name, f"{found['shares_logged'][name]:.1%}", f"{share:.1%}")
-        for name, share in found["shares"].items()
-    ]
-    console.table(("candidate", "logged", "this policy"), rows, title=f"{found['n']} requests")
-    lines = [f"cost a request {found['cost_per_request']:.3g}, logged {found['cost_per_request_logged']:.3g}"]
-    if quality := found["quality"]:
-        for name in ("ips", "self_normalised", "doubly_robust"):
-            if part := quality.get(name):
-                ends = part["ci95"]
-                lines.append(
-                    f"score, {name}: {part['mean']:.3f}"
-                    + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
-                )
-    else:
-        lines.append(found["quality_note"])
-    console.result(found, "\n".join(lines))
 
 
 @command.command("encoder")

@@ -22,12 +22,22 @@ def recertify() -> None:
 @recertify.command("sample")
 @click.argument("policy", type=FOLDER)
 @click.argument("log", type=FOLDER)
-@click.option("--out", type=FOLDER, default=Path("grading"), show_default=True, help="Folder for answers and grades.")
+@click.option(
+    "--out", type=FOLDER, default=Path("grading"), show_default=True, help="Folder for answers and grades."
+)
 @click.option("--n", type=click.IntRange(1), default=500, show_default=True, help="Requests to draw.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
-@click.option("--server", metavar="URL", help="An edgeft serve, or another that knows the candidates by their ids.")
+@click.option(
+    "--server", metavar="URL", help="An edgeft serve, or another that knows the candidates by their ids."
+)
 @click.option("--at", "places", multiple=True, metavar="ID=URL#NAME", help="Where one candidate is asked.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="Of the answers, and of serving.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Of the answers, and of serving.",
+)
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
 @options
 def sample_command(
@@ -43,12 +53,25 @@ def sample_command(
     from edgeft.router.recertify import sample
 
     loaded = load_policy(policy)
-    found = sample(loaded, log, out, _addresses(list(loaded.candidates), server, places), n, seed, temperature, max_tokens, _told("answers"))
+    found = sample(
+        loaded,
+        log,
+        out,
+        _addresses(list(loaded.candidates), server, places),
+        n,
+        seed,
+        temperature,
+        max_tokens,
+        _told("answers"),
+    )
     least = least_n(0.05, 0.1)
     if least and found["drawn"] < least:
         console.note(f"{found['drawn']} rows; alpha 0.05 at delta 0.1 takes {least} at the very least")
     left_out = f"{found['no_text']} without a text, {found['seen']} that the policy has seen, {found['removed']} that not all may answer"
-    console.result({"path": str(out), **found}, f"{found['drawn']} of {found['lines']} drawn; left out: {left_out}\n{out / 'to_grade.jsonl'}")
+    console.result(
+        {"path": str(out), **found},
+        f"{found['drawn']} of {found['lines']} drawn; left out: {left_out}\n{out / 'to_grade.jsonl'}",
+    )
 
 
 @recertify.command("judge")
@@ -66,23 +89,46 @@ def judge_command(folder: Path, model: str) -> None:
     name = model.removeprefix("openai:")
     found = judge(folder, address_of(name), f"openai:{name}", _told("grades"))
     console.result(
-        found, f"{found['n']} lines, {found['unreadable']} replies could not be read, {found['private_kept_back']} private ones were kept back"
+        found,
+        f"{found['n']} lines, {found['unreadable']} replies could not be read, {found['private_kept_back']} private ones were kept back",
     )
 
 
 @recertify.command("issue")
 @click.argument("policy", type=FOLDER)
 @click.argument("folder", type=FOLDER)
-@click.option("--alpha", type=float, default=0.05, show_default=True, help="Share of requests that may lose by being kept.")
-@click.option("--delta", type=float, default=0.1, show_default=True, help="Chance that the promise is broken.")
-@click.option("--artifact", "artifacts", multiple=True, metavar="ID=DIR", help="The artefact that answered, where it is a new one.")
+@click.option(
+    "--alpha",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Share of requests that may lose by being kept.",
+)
+@click.option(
+    "--delta", type=float, default=0.1, show_default=True, help="Chance that the promise is broken."
+)
+@click.option(
+    "--artifact",
+    "artifacts",
+    multiple=True,
+    metavar="ID=DIR",
+    help="The artefact that answered, where it is a new one.",
+)
 @options
 def issue_command(policy: Path, folder: Path, alpha: float, delta: float, artifacts: tuple[str, ...]) -> None:
     """Certify the policy on the graded answers."""
     from edgeft.router.grading import issue
 
-    found = issue(policy, folder, alpha, delta, {k: Path(v) for k, v in (_pair("--artifact", a, "DIR") for a in artifacts)})
-    judged = "" if found["judge"] is None else f", the judge's misses bounded by {found['judge']['bound']:.1%}"
+    found = issue(
+        policy,
+        folder,
+        alpha,
+        delta,
+        {k: Path(v) for k, v in (_pair("--artifact", a, "DIR") for a in artifacts)},
+    )
+    judged = (
+        "" if found["judge"] is None else f", the judge's misses bounded by {found['judge']['bound']:.1%}"
+    )
     console.result(
         found,
         f"certified on {found['n']} rows{judged}: with confidence {1 - delta:.0%} at most {alpha:.1%} of requests lose by being kept\n"
@@ -95,7 +141,9 @@ def _addresses(names: list[str], server: str | None, places: tuple[str, ...]) ->
     from edgeft.router.recertify import address_of
 
     found = {name: address_of(f"{server}#{name}") for name in names} if server else {}
-    found |= {n: address_of(n.removeprefix("openai:")) for n in names if n not in found and n.startswith("openai:")}
+    found |= {
+        n: address_of(n.removeprefix("openai:")) for n in names if n not in found and n.startswith("openai:")
+    }
     for place in places:
         name, address = _pair("--at", place, "URL#NAME")
         if name not in names:

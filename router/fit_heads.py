@@ -1,0 +1,120 @@
+"""The tensors of a policy out of its fitting rows: heads on the text, on an embedding, output tokens, the judge of drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeft.errors import UsageError
+from edgeft.router import ridge
+from edgeft.router.drafts import Draft
+from edgeft.router.duplicates import signatures
+from edgeft.router.features import SPEC, matrix
+from edgeft.router.reports import Item
+
+
+def fit_heads(
+    items: Sequence[Item], encoder: Path | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """(tensors, what is said of the heads, features block). Targets: the first candidate's score, the others' gains over it."""
+    quality = np.array([item.scores for item in items])
+    x = matrix([item.request for item in items])
+    fitted = ridge.fit_all(x, targets_of(quality))
+    tensors = {
+        "text.weights": np.array([f.weights for f in fitted], np.float32),
+        "text.bias": np.array([f.bias for f in fitted], np.float32),
+        "seen.columns": (x != 0).any(0).astype(np.uint8),
+        "seen.signatures": signatures([item.request for item in items]),
+    }
+    said: dict[str, Any] = {
+        "kind": "ridge on the first score and the gains over it",
+        **{k: [getattr(f, k) for f in fitted] for k in ("strength", "loo_mse", "constant_mse")},
+    }
+    said["tokens"] = _token_head(items, x, tensors)
+    features: dict[str, Any] = dict(SPEC)
+    if encoder:
+        from edgeft.router.embedding import fit_embedding
+
+        more, blend, features["embedding"] = fit_embedding(encoder, items, targets_of(quality), fitted)
+        tensors |= more
+        said["embedding"] = blend
+    return tensors, said, features
+
+
+def targets_of(quality: np.ndarray) -> np.ndarray:
+    """What the heads learn: column 0 as it is, the others less column 0."""
+    return np.column_stack([quality[:, 0], quality[:, 1:] - quality[:, :1]])
+
+
+def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Sequence[Item]) -> np.ndarray:
+    """Expected scores [items, candidates] as `decide` computes them from these tensors."""
+    texts = [item.request for item in items]
+    outputs = matrix(texts) @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
+    if features.get("embedding"):
+        from edgeft.router.embedding import blended, load_encoder
+
+        spec = features["embedding"]
+        outputs = blended(tensors, spec, outputs, load_encoder(spec), texts)
+    gains = np.clip(outputs[:, 1:], -1.0, 1.0)
+    return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])
+
+
+def fit_cascade(
+    items: Sequence[Item],
+    candidates: Sequence[Mapping[str, Any]],
+    max_loss: float,
+    after_tokens: int | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, manifest block) of a judge over the cheapest candidate's drafts. Where the next cheapest is local too and is not
+    the strongest, its agreement is a feature. Raises UsageError where the reports hold no answers."""
+    from edgeft.router.cascade import fit_judge, judge_tensors
+
+    second = 1 if len(candidates) > 2 and not candidates[1].get("remote") else None
+    rows = [(item.request, draft_of(item, second)) for item in items]
+    quality = np.array([item.scores for item in items])
+    judge = fit_judge(rows, quality[:, -1] - quality[:, 0], quality[:, 0], max_loss, after_tokens)
+    tensors, block = judge_tensors(judge)
+    return tensors, {
+        **block,
+        "draft": candidates[0]["id"],
+        "second": None if second is None else candidates[second]["id"],
+    }
+
+
+def draft_of(item: Item, second: int | None) -> Draft:
+    """The cheapest candidate's answer as a draft. Raises UsageError where the item holds none."""
+    text = item.outputs[0] if item.outputs else None
+    if text is None:
+        raise UsageError(
+            f"the item '{item.item_id}' holds no answer, which a cascade is fitted on.",
+            "edgeft bench …, without --cascade",
+        )
+    other = item.outputs[second] if second is not None else None
+    return Draft(text, None, item.logprobs[0] if item.logprobs else None, other)
+
+
+def _token_head(
+    items: Sequence[Item], x: np.ndarray, tensors: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """Fit log(1 + output tokens) of every candidate where all are known; kept where it beats the mean left-one-out."""
+    if any(value is None for item in items for value in item.output_tokens):
+        return None
+    target = np.log1p(np.array([item.output_tokens for item in items], float))
+    if float(target.std(0).max()) < 1e-9:
+        return None
+    fitted = ridge.fit_all(x, target)
+    worth = [f.loo_mse < f.constant_mse for f in fitted]
+    tensors["tokens.weights"] = np.array(
+        [f.weights if w else np.zeros_like(f.weights) for f, w in zip(fitted, worth, strict=True)], np.float32
+    )
+    tensors["tokens.bias"] = np.array(
+        [f.bias if w else t for f, w, t in zip(fitted, worth, target.mean(0), strict=True)], np.float32
+    )
+    return {
+        "loo_mse": [f.loo_mse for f in fitted],
+        "constant_mse": [f.constant_mse for f in fitted],
+        "used": worth,
+    }
