@@ -165,11 +165,11 @@ async def _first_able(
                     plan.route = plan.route or candidate_id
                     raise
                 failed = failed or error
-                pause_s = _pause_s(error, attempt)
+                pause_s = _pause_s(error, attempt, candidate_id == order[-1])
                 if (
                     attempt + 1 < tries
                     and pause_s is not None
-                    and not proxy.breaker(candidate_id).open_for_s()
+                    and proxy.breaker(candidate_id).open_for_s() <= pause_s
                 ):
                     await asyncio.sleep(pause_s)
                     continue
@@ -182,13 +182,14 @@ async def _first_able(
     raise failed
 
 
-def _pause_s(error: Exception, attempt: int) -> float | None:
-    """How long to wait before the same candidate is asked again; None where that is of no use."""
+def _pause_s(error: Exception, attempt: int, last: bool) -> float | None:
+    """How long to wait before the same candidate is asked again; None where that is of no use. A wait that the upstream asks for is
+    kept only where nobody else is left."""
     if isinstance(error, Busy) or getattr(error, "status", 0) == 503:  # not ready, as we said ourselves
         return None
     wait = getattr(error, "retry_after_s", None)
     if wait is not None:
-        return wait if wait <= LONGEST_RETRY_S else None
+        return wait + 0.05 if last and wait <= LONGEST_RETRY_S else None  # the breaker is closed by then
     return BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0)
 
 

@@ -196,10 +196,11 @@ class _Made:
 def _usage(usage: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not usage:
         return None
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    details = usage.get("prompt_tokens_details") or {}
+    cached, written = details.get("cached_tokens") or 0, details.get("cache_write_tokens") or 0
     thought = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
     return {
-        "input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {"cached_tokens": cached},
+        "input_tokens": usage.get("prompt_tokens"), "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         "output_tokens": usage.get("completion_tokens"), "output_tokens_details": {"reasoning_tokens": thought},
         "total_tokens": usage.get("total_tokens"),
     }  # fmt: skip

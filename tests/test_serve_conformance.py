@@ -282,10 +282,6 @@ def test_responses(loose):
     assert json.loads(loose.responses.create(model="auto", input="x", text=form).output_text)["days"] == 7
 
 
-@pytest.mark.xfail(
-    reason="usage lacks input_tokens_details.cache_write_tokens, which the client's type requires",
-    strict=True,
-)
 def test_responses_fit_the_clients_types(client):
     assert client.responses.create(model="auto", input="one two").output_text == "one two"
 

@@ -179,7 +179,6 @@ def test_429_is_passed_on_with_its_time(proxy, upstream):
     assert len(upstream.of("limit-429")) == 1, "it asked again before the time that it was told"
 
 
-@pytest.mark.xfail(reason="a Retry-After opens the breaker, so no retry waits for it", strict=True)
 def test_a_short_retry_after_is_waited_for(proxy, upstream):
     assert proxy.chat(upstream.id("limit-429-once")).status_code == 200
     first, second = upstream.of("limit-429-once")
