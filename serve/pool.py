@@ -310,14 +310,15 @@ class Pool:
         async with self._room:
             if entry.state in (LOADING, READY):
                 return
-            needed = entry.rss_bytes or await asyncio.to_thread(
-                estimated_bytes, entry.spec.path, entry.spec.engine, entry.spec.context * entry.spec.slots
-            )
+            spec, needed = entry.spec, entry.rss_bytes or 0
+            if not needed:
+                tokens = spec.context * spec.slots
+                needed = await asyncio.to_thread(estimated_bytes, spec.path, spec.engine, tokens)
             if needed > self.memory_bytes:
                 raise NotReady(
                     LONGEST_BACKOFF_S,
                     entry.state,
-                    f"{entry.spec.id} takes about {needed / 1e9:.1f} GB and {self.memory_bytes / 1e9:.1f} GB are allowed",
+                    f"{spec.id} takes about {needed / 1e9:.1f} GB and {self.memory_bytes / 1e9:.1f} GB are allowed",
                 )
             while self._used(entry) + needed > self.memory_bytes:
                 idle = [
@@ -325,7 +326,7 @@ class Pool:
                 ]
                 if not idle:
                     raise NotReady(
-                        1.0, entry.state, f"there is no memory for {entry.spec.id}: other models are in use"
+                        1.0, entry.state, f"there is no memory for {spec.id}: other models are in use"
                     )
                 await self._unload(min(idle, key=lambda e: e.loaded.idle_since or 0.0))  # type: ignore[union-attr]
             entry.reserved_bytes = needed
@@ -374,7 +375,11 @@ def on_exit(loop: asyncio.AbstractEventLoop, process: Any, then: Callable[[], No
                     loop.remove_reader(descriptor)
                     os.close(descriptor)
 
-            loop.add_reader(descriptor, lambda: (stop(), then()))
+            def ended() -> None:
+                stop()
+                then()
+
+            loop.add_reader(descriptor, ended)
             return stop
     active = threading.Event()
     active.set()

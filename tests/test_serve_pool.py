@@ -265,6 +265,32 @@ def test_closing_ends_a_child_that_only_loads(tmp_path):
     asyncio.run(run())
 
 
+def test_closing_ends_a_real_process_that_only_loads(tmp_path):
+    """The engine's imports alone take seconds."""
+    pytest.importorskip("torch", reason="needs the extra: compress")
+    spawned = []
+
+    def starter(spec, then):
+        def note(model):
+            spawned.append(model)
+            then(model)
+
+        return pool_module.start(spec, note)
+
+    async def run():
+        pool = Pool(
+            [LocalSpec("a", tmp_path, "transformers", 256, tmp_path / "log", threads=1)], starter=starter
+        )
+        waiting = asyncio.create_task(pool.preload(["a"]))
+        await until(lambda: spawned)
+        await pool.aclose()
+        assert ended(spawned[0]) and pool.describe("a")["pid"] is None
+        with pytest.raises(NotReady):
+            await waiting
+
+    asyncio.run(run())
+
+
 def test_a_real_model_answers_dies_and_answers_again(tiny_dist, tmp_path):
     pytest.importorskip("xllamacpp", reason="needs the extra: gguf")
     import httpx

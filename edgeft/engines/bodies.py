@@ -126,13 +126,12 @@ def _named(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def usage(prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
-    """OpenAI's usage block."""
+def usage(prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+    """OpenAI's usage block. These engines keep nothing between requests, so no cached tokens are told."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

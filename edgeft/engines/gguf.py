@@ -102,7 +102,10 @@ def port_of(server: Any) -> int:
 
 def told(port: int, options: dict[str, Any], adapters: list[str]) -> dict[str, Any]:
     """`slots`, `batch` and `features` of llama.cpp's server, asked where the chat template decides."""
-    caps = micro_batch.ask(port, options["key"], "/props").get("chat_template_caps") or {}
+    try:
+        caps = micro_batch.ask(port, options["key"], "/props").get("chat_template_caps") or {}
+    except (OSError, RuntimeError, ValueError):  # a build that doesn't tell
+        caps = {}
     return {
         "slots": slots_of(options),
         "batch": options.get("batch"),

@@ -48,7 +48,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "port": listen(chat, options["key"], options["name"], reader),
         "build": f"transformers {transformers.__version__}",
         "load_mode": "read",
-        "features": features(reader, embeddings=options.get("embeddings") or "last"),
+        "features": features(reader, embeddings="mean" if options.get("embeddings") == "mean" else "last"),
     }
 
 
