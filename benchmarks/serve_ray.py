@@ -38,7 +38,7 @@ import numpy as np
 
 LABEL, MODEL = "benchmark-box", "smollm2-135m"
 MIDDLEWARE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-ATTEMPT_S = 120.0
+ATTEMPT_S = 600.0
 
 
 def main() -> None:
@@ -168,6 +168,7 @@ async def trial(url: str, second: Any, asked: argparse.Namespace) -> dict[str, A
         killed_s = time.monotonic() - began
         await asyncio.gather(*tasks)
         after = load.seen[:]
+        print(dict(Counter(r["became"] for r in after)), file=sys.stderr)
         metrics = (await client.get(f"{url}/metrics")).text
         hits = await cached(client, load, url)
         freed = await leave(client, url, asked.tokens)
