@@ -111,7 +111,7 @@ def eligible(policy: LoadedPolicy, log: Path) -> tuple[list[dict[str, Any]], dic
     found = []
     for line in read_lines(log):
         counts["lines"] += 1
-        asked = line.get("messages") or line.get("request")
+        asked: Any = line.get("messages") or line.get("request")
         if isinstance(asked, str) and asked:
             asked = [{"role": "user", "content": asked}]
         text = (

@@ -40,7 +40,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    begin = tuple(tokenizer.build_inputs_with_special_tokens([]))
+    begin = put_before(tokenizer)
     reader = Reader(
         lambda text: tokenizer.encode(text, add_special_tokens=False), render, complete, begin, embed
     )
@@ -50,6 +50,14 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "load_mode": "read",
         "features": features(reader, embeddings="mean" if options.get("embeddings") == "mean" else "last"),
     }
+
+
+def put_before(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before a text by itself."""
+    bare = tokenizer.encode("x", add_special_tokens=False)
+    whole = tokenizer.encode("x")
+    place = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return tuple(whole[:place])
 
 
 def must_fit(ids: list[int], context: int, vocabulary: int) -> None:
@@ -115,14 +123,16 @@ def embedding(model: Any, ids: list[int], pace: Pace, mean: bool) -> Iterator[li
     """The last layer's state of the last token or the mean over all tokens, of length 1, after None for each piece."""
     import torch
 
-    past, summed, state = None, 0.0, None
+    past: Any = None
+    summed: Any = 0.0
+    state: Any = None
     for piece in pace.pieces(ids):
         with torch.inference_mode():
             out = model.base_model(input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True)
         past, state = out.past_key_values, out.last_hidden_state[0].float()
         summed = summed + state.sum(0)
         yield None
-    vector = summed if mean else state[-1]  # type: ignore[index]
+    vector = summed if mean else state[-1]
     yield (vector / vector.norm().clamp_min(1e-12)).tolist()
 
 
