@@ -56,17 +56,16 @@ def spec_of(candidate: dict[str, Any], config: Config) -> LocalSpec:
     own, engines = config.model(candidate["id"]), config.engines
     path = own.path or Path(candidate["path"])
     name = "".join(c if c.isalnum() or c in "-_." else "+" for c in candidate["id"])
+    binary = engines.llama_server if candidate["engine"] == "gguf" else None
     return LocalSpec(
         id=candidate["id"],
         path=path,
-        engine=candidate["engine"],
+        engine="llama_server" if binary else candidate["engine"],
         context=own.context or engines.context,
         threads=own.threads or engines.threads,
         slots=own.slots or engines.slots,
         adapters={name: str(path) for name, path in own.adapters.items()},
-        options={"llama_server": str(engines.llama_server)}
-        if engines.llama_server and candidate["engine"] == "gguf"
-        else {},
+        options={"binary": str(binary)} if binary else {},
         log=cache_dir("logs") / f"{name}.log",
     )
 

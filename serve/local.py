@@ -86,7 +86,7 @@ class LocalUpstream:
 
 def guess(engine: str) -> dict[str, bool]:
     """What an engine can do, before its process has said so."""
-    llama = engine == "gguf"
+    llama = engine in ("gguf", "llama_server")
     return {
         "embeddings": engine == "transformers",
         "tools": llama,

@@ -382,3 +382,38 @@ def test_slots_have_a_context_each_and_keep_prefixes(tiny_dist, tmp_path):
         closed = httpx.get(f"{local.url}/slots", headers={"Authorization": f"Bearer {local.key}"})
         assert closed.status_code in (404, 501) and "Access-Control-Allow-Origin" not in closed.headers
         assert httpx.post(f"{local.url}/v1/completions", json={"prompt": "x"}).status_code == 401
+
+
+def test_adapters_are_switched_by_request_through_the_proxy(two_adapters, tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs the extra: gguf")
+    from edgeft.serve.app import create_app
+    from edgeft.serve.local import LocalUpstream
+    from edgeft.serve.pool import LocalSpec, Pool
+    from tests.serve_stage import cache_in, config_of, policy_of, running
+
+    base, folders = two_adapters
+    named = {"one": str(folders[0]), "two": str(folders[1])}
+    pool = Pool([LocalSpec("base", base, "gguf", 512, tmp_path / "log", threads=1, adapters=named)])
+    upstream = LocalUpstream(pool, pool.entries["base"].spec, 300.0)
+    upstream.aclose = pool.aclose  # type: ignore[method-assign]
+    app = create_app(
+        policy_of("base"), {"base": upstream}, cache_in(tmp_path / "cache"), config=config_of(models={})
+    )
+    with running(app) as client:
+        client.timeout = 300
+        told = {}
+        for name in (None, "one", "two", "one", None):
+            body = {
+                "model": "auto",
+                **user(LONG),
+                "max_tokens": 6,
+                "temperature": 0,
+                "edgeft": {"adapter": name} if name else {},
+            }
+            reply = client.post("/v1/chat/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            text = reply.json()["choices"][0]["message"]["content"]
+            assert told.setdefault(name, text) == text
+        assert len(set(told.values())) == 3, "each adapter says something else, and no cache mixes them up"
+        unknown = client.post("/v1/chat/completions", json={**body, "edgeft": {"adapter": "three"}})
+        assert unknown.status_code == 400 and "no such adapter" in unknown.json()["error"]["message"]
