@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgeft.serve.pool import LocalSpec
-
 from edgeft.errors import EdgeftError, UsageError
 from edgeft.home import cache_dir
 from edgeft.serve.config import Config, secret
+from edgeft.serve.pool import LocalSpec
 from edgeft.serve.upstream import REMOTE_SLOTS, HttpUpstream, LitellmUpstream, Upstream
 
 FIT_AGAIN = "edgeft bench … and edgeft route fit …, on the artefact that will serve"

@@ -6,9 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from edgeft.serve.pool import LocalSpec, NotReady, Pool
-
 from edgeft.serve.answer import Chunk
+from edgeft.serve.pool import LocalSpec, NotReady, Pool
 from edgeft.serve.protocol import Kind
 from edgeft.serve.upstream import NOTHING, Features, HttpUpstream, not_ready
 
