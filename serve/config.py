@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import UsageError, unknown
+from edgeft.serve.cluster.settings import Cluster
 
 DOCS = "docs/serving.md lists every key; edgeft serve init writes a commented file"
 
@@ -130,6 +131,7 @@ class Config:
     models: Mapping[str, Model] = field(default_factory=dict)
     logs: Logs = field(default_factory=Logs)
     page: bool = True
+    cluster: Cluster | None = None  # for --ray: docs/cluster.md
 
     def model(self, candidate_id: str) -> Model:
         """What is said of one candidate."""

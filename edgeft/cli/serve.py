@@ -34,6 +34,11 @@ def command() -> None:
     "--artifacts", type=FOLDER, metavar="DIR", help="Where the artefacts lie, if not where they were."
 )
 @click.option("--require-keys", is_flag=True, help="Answer only with a key of `edgeft keys create`.")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Deploy to a Ray cluster (HOST:6379, ray://HOST:10001 or auto): docs/cluster.md.",
+)
 @click.option("--show-config", is_flag=True, help="Print the configuration in force as JSON and end.")
 @options
 def run(
@@ -48,6 +53,7 @@ def run(
     slots: int | None,
     artifacts: Path | None,
     require_keys: bool,
+    ray: str | None,
     show_config: bool,
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; accepted requests are answered first.
@@ -92,6 +98,11 @@ def run(
 
         click.echo(json.dumps(shown(settings), indent=1, ensure_ascii=False))
         return 0
+    if ray:
+        from edgeft.serve.cluster.deploy import serve_on_ray
+        from edgeft.serve.cluster.settings import Cluster
+
+        return serve_on_ray(settings, replace(settings.cluster or Cluster(), address=ray))
     return serve(settings, read)
 
 
