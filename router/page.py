@@ -9,7 +9,7 @@ from edgeft.bench.drawing import figure, names_beside, style, svg
 
 CSS = """body{font:15px/1.45 system-ui,sans-serif;max-width:760px;margin:24px auto;padding:0 14px;color:#111}
 table{border-collapse:collapse;font-size:13px;width:100%}td,th{padding:4px 8px;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}figcaption{font-size:13px;color:#444}h1{font-size:22px}
+td:first-child,th:first-child{text-align:left}figure{margin:0}svg{width:100%;height:auto}figcaption,.note{font-size:13px;color:#444}h1{font-size:22px}
 h2{font-size:17px}"""
 
 
@@ -82,20 +82,35 @@ def _ends_table(ends: dict[str, Any] | None) -> str:
         f"<tr><td>{n}</td><td>{ends[k]:.3f}</td><td>{ends[k + '_isotonic']:.3f}</td></tr>"
         for n, k in (("APGR", "apgr"), ("CPT50", "cpt50"), ("CPT80", "cpt80"))
     )
-    return f"<h2>Cheapest against strongest</h2><table><tr><th></th><th>protocol</th><th>isotonic</th></tr>{body}</table>"
+    band = (
+        ""
+        if ends["apgr_ci95"] is None
+        else "APGR's 95 % interval: {:.3f} to {:.3f}. ".format(*ends["apgr_ci95"])
+    )
+    return (
+        f"<h2>Cheapest against strongest</h2><table><tr><th></th><th>protocol</th><th>isotonic</th></tr>{body}</table>"
+        f'<p class="note">{band}Random routing has 0.5.</p>'
+    )
 
 
 def _early_table(drafts: dict[str, Any] | None) -> str:
     if not drafts or not drafts["curve"]:
         return ""
-    body = "".join(
-        f"<tr><td>{e['tokens'] or 'whole'}</td><td>{e['ended_share']:.0%}</td><td>{e['apgr']:.3f}</td>"
-        f"<td>{'' if e['apgr_ci95'] is None else '{:.3f} to {:.3f}'.format(*e['apgr_ci95'])}</td><td>{100 * e['score_at_same_share']:.1f}</td></tr>"
+    rows = [
+        (
+            e["tokens"] or "whole",
+            f"{e['ended_share']:.0%}",
+            f"{e['apgr']:.3f}",
+            "" if e["apgr_ci95"] is None else "{:.3f} to {:.3f}".format(*e["apgr_ci95"]),
+            f"{100 * e['score_at_same_share']:.1f}",
+        )
         for e in drafts["curve"]
-    )
+    ]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return (
         "<h2>Judging drafts after their first tokens</h2><table><tr><th>tokens</th><th>drafts that end there</th><th>APGR</th>"
-        f"<th>95 % interval</th><th>score at the same share</th></tr>{body}</table><p>{escape(drafts['how'])}</p>"
+        f'<th>95 % interval</th><th>score at the same share</th></tr>{body}</table><p class="note">Tokens are characters / 4. '
+        "Judges were fitted on these items, each item judged by one that has not seen it.</p>"
     )
 
 
