@@ -50,7 +50,7 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and (found := self.posts.get(scope["path"])):
-            if origin_refused(scope):
+            if origin_refused(self.proxy, scope):
                 response = _refused(
                     Refusal(403, "Requests of web pages from elsewhere are refused.", code="origin")
                 )
@@ -75,21 +75,12 @@ def create_app(
     return App(Proxy(policy, upstreams, config or default_config(), cache, **parts))
 
 
-def origin_refused(scope: Scope) -> bool:
+def origin_refused(proxy: Proxy, scope: Scope) -> bool:
     """True for a browser's request from another site: DNS rebinding and forms must not reach a proxy that asks for no key."""
-    for name, value in scope["headers"]:
-        if name == b"origin":
-            host = urlsplit(value.decode("latin-1")).hostname
-            own = next((v for n, v in scope["headers"] if n == b"host"), b"").decode("latin-1")
-            return host not in HOME and (
-                host is None or host != urlsplit(f"//{own}").hostname or _is_loopback(scope)
-            )
-    return False
-
-
-def _is_loopback(scope: Scope) -> bool:
-    server = scope.get("server") or ("", 0)
-    return str(server[0]).startswith("127.") or server[0] == "::1"
+    if proxy.config.keys.required:
+        return False  # a key is more than a page from elsewhere has
+    origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
+    return origin is not None and urlsplit(origin.decode("latin-1")).hostname not in HOME
 
 
 def _refused(refusal: Refusal) -> Response:
