@@ -10,7 +10,7 @@ from edgeft.errors import EdgeftError, UsageError
 from edgeft.home import cache_dir
 from edgeft.serve.config import Config, secret
 from edgeft.serve.pool import LocalSpec
-from edgeft.serve.upstream import REMOTE_SLOTS, HttpUpstream, LitellmUpstream, Upstream
+from edgeft.serve.upstream import REMOTE_SLOTS, HttpUpstream, Upstream
 
 FIT_AGAIN = "edgeft bench … and edgeft route fit …, on the artefact that will serve"
 
@@ -75,6 +75,8 @@ def remote(candidate: dict[str, Any], config: Config) -> Upstream:
     kind, url, model = address_of(candidate["id"])
     key = secret(own.key_env, own.key_file, f"the key of '{candidate['id']}'")
     if kind == "litellm":
+        from edgeft.serve.provider import LitellmUpstream
+
         return LitellmUpstream(model, key, own.silence_s)
     return HttpUpstream(
         url,

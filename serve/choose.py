@@ -19,7 +19,7 @@ from edgeft.router.privacy import why_private
 from edgeft.serve.prefixes import chain_of
 from edgeft.serve.protocol import CHAT, Asked, Refusal
 from edgeft.serve.proxy import AUTO, Proxy
-from edgeft.serve.upstream import not_ready
+from edgeft.serve.refusals import not_ready
 from edgeft.types import Decision
 
 MOST_FEATURES = 256

@@ -9,7 +9,8 @@ from typing import Any
 from edgeft.serve.answer import Chunk
 from edgeft.serve.pool import LocalSpec, NotReady, Pool
 from edgeft.serve.protocol import Kind
-from edgeft.serve.upstream import NOTHING, Features, HttpUpstream, not_ready
+from edgeft.serve.refusals import not_ready
+from edgeft.serve.upstream import NOTHING, Features, HttpUpstream
 
 
 class LocalUpstream:

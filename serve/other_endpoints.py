@@ -10,7 +10,7 @@ from edgeft.serve import endpoints
 from edgeft.serve.http import Reply
 from edgeft.serve.protocol import CHAT, EMBEDDING_FIELDS, Asked, Refusal, listed, loads
 from edgeft.serve.proxy import AUTO, Proxy
-from edgeft.serve.upstream import not_ready
+from edgeft.serve.refusals import not_ready
 
 MOST_INPUTS = 2048
 # field -> (least, most, default), as the guide has them

@@ -217,6 +217,6 @@ def reader(path: Path | None, given: Config) -> Any:
     """What gives the configuration anew: the file, or what was given on the command line."""
     if path is None:
         return lambda: given
-    from edgeft.serve.config import load
+    from edgeft.serve.config_file import load
 
     return lambda: load(path)

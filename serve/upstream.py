@@ -6,7 +6,6 @@ a call that is not streamed does not. Servers elsewhere are asked as the client 
 
 from __future__ import annotations
 
-import os
 import ssl
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
@@ -20,6 +19,7 @@ from edgeft.serve import sse
 from edgeft.serve.answer import BrokenStream, Chunk, chunks_of
 from edgeft.serve.protocol import Kind, Refusal
 from edgeft.serve.proxied import ProxiedWire, applies
+from edgeft.serve.refusals import refused, unreachable
 from edgeft.serve.wire import Wire
 
 REMOTE_SLOTS = 64
@@ -166,151 +166,6 @@ class HttpUpstream:
 
     async def aclose(self) -> None:
         await self.wire.aclose()
-
-
-class LitellmUpstream:
-    """A provider through litellm, as a library."""
-
-    slots = REMOTE_SLOTS
-
-    def __init__(self, model: str, key: str | None = None, silence_s: float = 600.0) -> None:
-        from edgeft.errors import missing_extra
-
-        os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download at import
-        try:
-            import litellm
-        except ImportError:
-            raise missing_extra("litellm", "api") from None
-        self.litellm, self.model, self.features = litellm, model, Features()
-        self.more: dict[str, Any] = {
-            "timeout": silence_s,
-            "num_retries": 0,
-            **({"api_key": key} if key else {}),
-        }
-        litellm.suppress_debug_info = True
-
-    async def stream(
-        self, kind: Kind, fields: Mapping[str, Any], stream: bool = True, extra: Mapping[str, Any] = NOTHING
-    ) -> AsyncGenerator[Chunk]:
-        started = False
-        call = self.litellm.acompletion if kind.name == "chat" else self.litellm.atext_completion
-        try:
-            response = await call(
-                model=self.model, stream=True, stream_options={"include_usage": True}, **fields, **self.more
-            )
-            try:
-                async for chunk in response:
-                    started = True
-                    yield chunk.model_dump(exclude_none=True)
-            finally:
-                if closing := getattr(response, "aclose", None):
-                    await closing()
-        except (Refusal, BrokenStream):
-            raise
-        except Exception as error:
-            # litellm's messages may quote the request: only its type and status are told.
-            if started:
-                raise BrokenStream(f"the provider failed ({type(error).__name__})") from None
-            raise _by_status(error) from None
-
-    async def embeddings(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            response = await self.litellm.aembedding(model=self.model, **fields, **self.more)
-        except Exception as error:
-            raise _by_status(error) from None
-        value: dict[str, Any] = response.model_dump(exclude_none=True)
-        return value
-
-    def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
-        return NOTHING
-
-    def hold(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext()
-
-    def state(self) -> str:
-        return "ready"
-
-    async def aclose(self) -> None:
-        return None
-
-
-def _by_status(error: Exception) -> Refusal:
-    status = getattr(error, "status_code", 502)
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    return refused(
-        status if isinstance(status, int) else 502, type(error).__name__, headers.get("retry-after")
-    )
-
-
-def unreachable(error: Exception) -> Refusal:
-    """What is told of an upstream that gave no answer."""
-    if isinstance(error, TimeoutError):
-        return Refusal(
-            504,
-            "The model did not answer in time.",
-            kind="upstream_error",
-            code="upstream_timeout",
-            elsewhere=True,
-        )
-    return Refusal(
-        502, f"The engine did not answer ({type(error).__name__}).", kind="upstream_error", code="upstream_unreachable", elsewhere=True
-    )  # fmt: skip
-
-
-def refused(status: int, message: str, retry_after: str | None) -> Refusal:
-    """What the client is told of an upstream's status: its own fault as it is, ours as a 502."""
-    if status == 429:
-        return at_limit(seconds(retry_after) or 1.0)
-    if status in (400, 404, 413, 415, 422, 501):
-        shown = {404: 400, 501: 400}.get(status, status)
-        return Refusal(shown, f"The model refused the request: {message}", code=f"upstream_{status}")
-    if status in (401, 403):
-        return Refusal(
-            502, "The upstream refused edgeft's key.", kind="upstream_error", code=f"upstream_{status}", elsewhere=True
-        )  # fmt: skip
-    wait = seconds(retry_after) if status == 503 else None
-    return Refusal(
-        502, "The model failed.", kind="upstream_error", code=f"upstream_{status}", retry_after_s=wait, elsewhere=True
-    )  # fmt: skip
-
-
-def not_ready(candidate_id: str, state: str, retry_after_s: float = 2.0) -> Refusal:
-    """The candidate can't answer now; another one may."""
-    return Refusal(
-        503,
-        f"The model '{candidate_id}' is not ready ({state}).",
-        kind="server_error",
-        code=f"model_{state}",
-        retry_after_s=retry_after_s,
-        elsewhere=True,
-    )
-
-
-def at_limit(retry_after_s: float) -> Refusal:
-    """The upstream wants fewer requests."""
-    return Refusal(
-        429,
-        "The model is at its limit.",
-        kind="rate_limit_error",
-        code="upstream_429",
-        retry_after_s=retry_after_s,
-        elsewhere=True,
-    )
-
-
-def seconds(retry_after: str | None) -> float | None:
-    """A Retry-After header (RFC 9110: seconds, or a date) in seconds from now; None where there is none or it is nonsense."""
-    import time
-    from email.utils import parsedate_to_datetime
-
-    if not retry_after:
-        return None
-    if retry_after.strip().isdigit():
-        return float(min(int(retry_after), 86400))
-    try:
-        return min(max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time()), 86400.0)
-    except (ValueError, TypeError):
-        return None
 
 
 async def refusal_of(answer: Any) -> Refusal:

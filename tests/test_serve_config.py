@@ -9,7 +9,8 @@ import pytest
 
 from edgeft.cli import run as cli
 from edgeft.errors import UsageError
-from edgeft.serve.config import Config, load, secret, shown
+from edgeft.serve.config import Config, secret, shown
+from edgeft.serve.config_file import load
 
 
 def written(folder: Path, text: str) -> Path:

@@ -17,7 +17,8 @@ from edgeft.serve import breaker
 from edgeft.serve.app import create_app
 from edgeft.serve.breaker import Breaker
 from edgeft.serve.config import Limits, Model
-from edgeft.serve.upstream import HttpUpstream, seconds
+from edgeft.serve.refusals import seconds
+from edgeft.serve.upstream import HttpUpstream
 from tests.serve_stage import (
     JSON,
     Engine,

@@ -328,7 +328,7 @@ def test_the_drain_times_of_the_manifest_agree():
 def test_the_pages_settings_are_settings():
     import yaml
 
-    from edgeft.serve.config import _build
+    from edgeft.serve.config_file import _build
 
     page = (ROOT / "docs" / "cluster.md").read_text()
     value = yaml.safe_load(page.split("```yaml")[1].split("```")[0])["cluster"]

@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 from edgeft.serve import answer as sse
 from edgeft.serve.app import create_app
 from edgeft.serve.protocol import CHAT
-from edgeft.serve.upstream import LitellmUpstream
+from edgeft.serve.provider import LitellmUpstream
 from tests.serve_stage import SECRET, Stage, before, cache_in, canned, events, policy_of, running
 
 STREAMS = {

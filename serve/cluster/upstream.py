@@ -18,7 +18,8 @@ import orjson
 from edgeft.serve.answer import BrokenStream, Chunk, look
 from edgeft.serve.cluster import frames
 from edgeft.serve.protocol import Kind, Refusal
-from edgeft.serve.upstream import NOTHING, Features, at_limit, not_ready
+from edgeft.serve.refusals import at_limit, not_ready
+from edgeft.serve.upstream import NOTHING, Features
 
 TRIES = 4  # replicas that one request may lose, and one more
 SILENCE_S = 600.0  # the longest wait for the next piece

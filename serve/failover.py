@@ -1,0 +1,84 @@
+"""The first candidate that begins to answer: tried again, then the next one, as long as nothing was said."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from edgeft.serve import counting
+from edgeft.serve.admission import Busy
+from edgeft.serve.answer import BrokenStream, Chunk, look
+from edgeft.serve.calls import calls
+from edgeft.serve.choose import Plan
+from edgeft.serve.protocol import Asked, Refusal
+from edgeft.serve.proxy import Proxy
+
+BACKOFF_S = 0.2
+LONGEST_RETRY_S = 2.0  # a Retry-After over this is not waited for
+ROUTE = "edgeft.route"  # a first item of the stream: who answers, and what was told meanwhile
+
+
+async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, ...]) -> AsyncGenerator[Chunk]:
+    """The chunks of the first candidate that begins to answer. Raises what the first one said where none does."""
+    failed: Refusal | Busy | BrokenStream | None = None
+    for candidate_id in order:
+        tries = 1 + proxy.config.model(candidate_id).retries
+        for attempt in range(tries):
+            source = calls(proxy, plan, asked, candidate_id)
+            early: list[Chunk] = []
+            begun = False
+            try:
+                async with aclosing(source):
+                    async for chunk in source:
+                        if not begun:
+                            early.append(chunk)
+                            if not look(chunk)[0]:
+                                continue
+                            begun = True
+                            plan.route = candidate_id
+                            yield {ROUTE: candidate_id, "told": plan.told}
+                            for held in early:
+                                yield held
+                            continue
+                        yield chunk
+                if not begun:  # an answer may be empty
+                    if not any(look(held)[1] for held in early):
+                        raise BrokenStream("it ended without a finish reason")
+                    plan.route = candidate_id
+                    yield {ROUTE: candidate_id, "told": plan.told}
+                    for held in early:
+                        yield held
+                return
+            except (Refusal, Busy, BrokenStream) as error:
+                if begun or (isinstance(error, Refusal) and not error.elsewhere):
+                    plan.route = plan.route or candidate_id
+                    raise
+                failed = failed or error
+                pause_s = _pause_s(error, attempt, candidate_id == order[-1])
+                if (
+                    attempt + 1 < tries
+                    and pause_s is not None
+                    and proxy.breaker(candidate_id).open_for_s() <= pause_s
+                ):
+                    await asyncio.sleep(pause_s)
+                    continue
+                if candidate_id != order[-1]:
+                    counting.fell_back(proxy, candidate_id, error)
+                    plan.told["reason"] = f"{plan.reason}; {candidate_id} failed"
+                break
+    plan.route = plan.route or order[0]
+    assert failed is not None
+    raise failed
+
+
+def _pause_s(error: Exception, attempt: int, last: bool) -> float | None:
+    """How long to wait before the same candidate is asked again; None where that is of no use. A wait that the upstream asks for is
+    kept only where nobody else is left."""
+    if isinstance(error, Busy) or getattr(error, "status", 0) == 503:  # not ready, as we said ourselves
+        return None
+    wait = getattr(error, "retry_after_s", None)
+    if wait is not None:
+        return wait + 0.05 if last and wait <= LONGEST_RETRY_S else None  # the breaker is closed by then
+    return BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0)
