@@ -380,7 +380,7 @@ def test_slots_have_a_context_each_and_keep_prefixes(tiny_dist, tmp_path):
         )
         assert told["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         closed = httpx.get(f"{local.url}/slots", headers={"Authorization": f"Bearer {local.key}"})
-        assert closed.status_code in (404, 501) and "Access-Control-Allow-Origin" not in closed.headers
+        assert closed.status_code in (404, 501) and not closed.headers.get("Access-Control-Allow-Origin")
         assert httpx.post(f"{local.url}/v1/completions", json={"prompt": "x"}).status_code == 401
 
 
