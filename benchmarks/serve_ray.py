@@ -59,7 +59,8 @@ def main() -> None:
     os.environ |= {
         MIDDLEWARE: "edgeft.serve.cluster.again:middlewares",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "120",  # a busy machine
+        "RAY_raylet_start_wait_time_s": "300",  # a busy machine
+        "RAY_gcs_server_request_timeout_seconds": "300",
     }
     os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = "0"
     with ExitStack() as stack:
