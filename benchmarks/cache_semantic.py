@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,7 @@ from edgeft.errors import Inconclusive
 from edgeft.router.cache.negatives import KINDS, negative
 from edgeft.router.cache.semantic import bound_of, calibrate, pairs_likeness, passed_guards
 
+WORD = re.compile(r"\w+")
 DEFAULT = route_data.DEFAULT.parent / "cache" / "paraphrase_pairs.json"
 
 
@@ -67,6 +69,10 @@ def rows(
     near = vectors @ vectors.T
     near[np.array(origins)[:, None] == np.array(origins)[None]] = -1
     near[halves[:, None] != halves[None]] = -1  # a sentence stays in one half
+    plain = np.array([" ".join(WORD.findall(o.casefold())) for o in origins])
+    near[
+        plain[:, None] == plain[None]
+    ] = -1  # the pairs hold some sentences twice, with other capitals or quotation marks
     for i, f in enumerate(found):
         chance = random.Random(f["origin"])
         made = [("paraphrase", f["similar"], True), ("foreign", origins[int(near[i].argmax())], False)]

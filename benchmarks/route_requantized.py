@@ -3,7 +3,7 @@
     python benchmarks/route_requantized.py BANKING77 DIST WORK --encoder DIR [--rows N]
 
 DIST holds gguf-f16, gguf-q3_k_m (and gguf-q2_k) of one adapter, as `edgeft compress` made them. Every artefact really answers the rows of
-dev.csv, greedily, through its own engine. The stronger candidate is real too: the label of most of the 15 nearest of 3,000 rows of train.csv,
+dev.csv, greedily, through its own engine. The stronger candidate is real too: the label of most of the 9 nearest of 2,000 rows of train.csv,
 by MiniLM. A policy is fitted (`edgeft.router.fit`) on a third of the rows with F16's scores. The rest is split at random many times: half
 certifies, half stands for the traffic. A promise is broken where the traffic loses more than alpha. Scores stay in WORK. Prints JSON.
 """
@@ -33,7 +33,7 @@ from edgeft.tune.rows import rows_from_csv
 from edgeft.types import Artifact
 
 CERTIFIED_ON, SERVED = "gguf-f16", ("gguf-f16", "gguf-q3_k_m", "gguf-q2_k")
-MEMORY_ROWS, NEIGHBOURS = 3000, 15
+MEMORY_ROWS, NEIGHBOURS = 2000, 9
 
 
 def main() -> None:

@@ -40,8 +40,6 @@ STOP = frozenset((
     "me", "my", "your", "our", "their", "what", "which", "who", "how", "when", "where", "why", "there", "here",
     "s", "has", "have", "had", "into", "about", "than", "then", "so", "such", "also", "very", "please",
 ))  # fmt: skip
-SAME_WORDS = 0.75  # share of common content words from which order is looked at
-IN_ORDER = 0.85  # share of pairs of common words that must stand in the same order
 
 
 def differs(one: str, two: str) -> str | None:
@@ -111,14 +109,9 @@ def _number(text: str) -> str:
 
 
 def _reordered(one: list[str], two: list[str]) -> bool:
-    """True where nearly all words are common and too many pairs of them have changed places."""
+    """True where two common words have changed places, whatever else stands between them."""
     a, b = Counter(one), Counter(two)
-    common = [w for w in a if a[w] == b[w] == 1]
-    union = sum((a | b).values())
-    if len(common) < 2 or sum((a & b).values()) / union < SAME_WORDS:
-        return False
+    common = {w for w in a if a[w] == b[w] == 1}
     place = {w: i for i, w in enumerate(two)}
-    order = [place[w] for w in one if w in set(common)]
-    pairs = len(order) * (len(order) - 1) // 2
-    kept = sum(order[i] < order[j] for i in range(len(order)) for j in range(i + 1, len(order)))
-    return kept / pairs < IN_ORDER
+    order = [place[w] for w in one if w in common]
+    return order != sorted(order)
