@@ -89,10 +89,16 @@ def _refused(refusal: Refusal) -> Response:
 
 def _rest(proxy: Proxy, posts: dict[str, Endpoint]) -> Starlette:
     def keyed(scope: Scope) -> Response | None:
+        """A refusal where no key is presented, or where none is needed and a page under another name (DNS rebinding) asks."""
         try:
             tenant_of(proxy, scope)
         except Refusal as refusal:
             return JSONResponse(refusal.body, refusal.status, headers={"www-authenticate": "Bearer"})
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
+        if not proxy.config.keys.required and urlsplit(f"//{host}").hostname not in HOME:
+            return _refused(
+                Refusal(403, "Without keys only this machine's own names are answered.", code="host")
+            )
         return None
 
     async def models(request: Request) -> Response:
@@ -128,6 +134,8 @@ def _rest(proxy: Proxy, posts: dict[str, Endpoint]) -> Starlette:
             "models": states,
         }
         body["reloads"] = {"done": proxy.reloads, "error": proxy.reload_error}
+        if proxy.log and proxy.log.lines:
+            body["log"] = proxy.log.lines.trouble or "ok"
         if proxy.keys is not None:
             body["keys"] = "ok" if healthy else "the database can't be read; known keys are still served"
         return JSONResponse(body, 200 if able else 503)

@@ -43,5 +43,5 @@ def certificate_of(proxy: Proxy) -> dict[str, Any] | None:
     return {
         "state": state,
         "detail": str(held.get("void") or suspended or "") or None,
-        **{k: held.get(k) for k in ("alpha", "delta", "n", "kept_local", "date")},
+        **{k: held.get(k) for k in ("alpha", "delta", "n", "share_kept", "date")},
     }

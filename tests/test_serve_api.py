@@ -228,6 +228,9 @@ def test_a_web_page_from_elsewhere_is_refused(stage):
     assert refused.status_code == 403 and refused.json()["error"]["code"] == "origin"
     rebound = {"Origin": "http://evil.example:8080", "Host": "evil.example:8080"}
     assert stage.client.post("/v1/chat/completions", json=body, headers=rebound).status_code == 403
+    for path in ("/metrics", "/v1/models"):
+        assert stage.client.get(path, headers={"Host": "evil.example:8080"}).status_code == 403
+        assert stage.client.get(path).status_code == 200
     own = {"Origin": str(stage.client.base_url).rstrip("/")}
     assert stage.client.post("/v1/chat/completions", json=body, headers=own).status_code == 200
     assert "access-control-allow-origin" not in stage.client.get("/v1/models", headers=own).headers
