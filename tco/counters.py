@@ -47,28 +47,37 @@ def read_counters(place: str) -> Samples:
 
 
 def shares(samples: Samples, local_id: str | None) -> dict[str, Any]:
-    """{answer_cache_share, local_share, n_cache, n_routed, routes} of what was answered well (status 200).
+    """{answer_cache_share, local_share, escalated_share, n_looked, n_served, routes} of what was answered well (status 200).
 
     `local_id` is the route that counts as local; None: every route whose id names no API. A share is None where nothing was
-    counted. Hits of the cache are no requests to a candidate.
+    counted. Hits of the caches are no requests to a candidate. `local_share` is what was tried locally, drafts that a judge sent on
+    among it; `escalated_share` is the share of those.
     """
+
+    def is_local(route: str) -> bool:
+        return route == local_id if local_id else not route.startswith(("openai:", "litellm:"))
+
     looked = {
         k: sum(v for n, labels, v in samples if n == "edgeft_cache_total" and labels.get("result") == k)
-        for k in ("hit", "miss")
+        for k in ("hit", "semantic", "miss")
     }
     routes: dict[str, float] = {}
     for name, labels, value in samples:
         if name == "edgeft_requests_total" and labels.get("status") == "200":
             routes[labels.get("route", "")] = routes.get(labels.get("route", ""), 0.0) + value
-    here = sum(
+    escalated = sum(
         v
-        for r, v in routes.items()
-        if (r == local_id if local_id else not r.startswith(("openai:", "litellm:")))
+        for n, labels, v in samples
+        if n == "edgeft_escalations_total"
+        and is_local(labels.get("from", ""))
+        and not is_local(labels.get("to", ""))
     )
+    tried = sum(v for r, v in routes.items() if is_local(r)) + escalated
     served, asked = sum(routes.values()), sum(looked.values())
     return {
-        "answer_cache_share": looked["hit"] / served if served else None,
-        "local_share": here / served if served else None,
+        "answer_cache_share": (looked["hit"] + looked["semantic"]) / served if served else None,
+        "local_share": min(1.0, tried / served) if served else None,
+        "escalated_share": min(1.0, escalated / tried) if tried else None,
         "n_looked": asked,
         "n_served": served,
         "routes": routes,

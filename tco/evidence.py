@@ -187,6 +187,6 @@ def counters_of(column: str, place: str, local_id: str | None) -> Figures:
     run = f"counters of {place}, {got['n_served']:,.0f} answers"
     return {
         name: figure(column, name, got[name], MEASURED, run)
-        for name in ("answer_cache_share", "local_share")
+        for name in ("answer_cache_share", "local_share", "escalated_share")
         if got[name] is not None
     }

@@ -101,17 +101,25 @@ def test_counters_of_a_running_proxy(tmp_path):
     stage_module = pytest.importorskip("tests.serve_stage", reason="edgeft[serve] is not installed")
     engines = {name: stage_module.Engine(name) for name in ("weak", "strong")}
     from edgeft.serve.app import create_app
-    from edgeft.serve.cache import AnswerCache
-    from edgeft.serve.upstream import HttpUpstream
 
-    upstreams = {n: HttpUpstream(e.url, n, stage_module.KEY, slots=1) for n, e in engines.items()}
-    app = create_app(stage_module.policy_of(), upstreams, AnswerCache(tmp_path / "cache"), waiting=1)
+    upstreams = {n: stage_module.upstream_of(e) for n, e in engines.items()}
+    cache = stage_module.cache_in(tmp_path / "cache")
+    app = create_app(stage_module.policy_of(), upstreams, cache, config=stage_module.config_of())
     with stage_module.running(app) as client:
         for text in ("hello", "hello", "refund me", "good day"):
             body = {"model": "auto", "messages": [{"role": "user", "content": text}], "temperature": 0}
             assert client.post("/v1/chat/completions", json=body).status_code == 200
         found = shares(read_counters(str(client.base_url)), "weak")
-    assert (found["answer_cache_share"], found["local_share"]) == (0.25, 0.75)
+        assert (found["answer_cache_share"], found["local_share"], found["escalated_share"]) == (
+            0.25,
+            0.75,
+            0.0,
+        )
+        app.proxy.metrics.escalated(
+            "weak", "strong", "judge"
+        )  # "refund me" as if it had been tried locally first
+        found = shares(read_counters(str(client.base_url)), "weak")
+    assert (found["local_share"], found["escalated_share"]) == (1.0, 0.25)
 
 
 def test_a_policy_and_counters_make_the_routed_column(tmp_path):
