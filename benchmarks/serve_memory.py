@@ -17,6 +17,7 @@ import asyncio
 import random
 import tempfile
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ async def watch(server: Server, rate: float, minutes: float) -> dict[str, Any]:
     """Load and readings for so many minutes."""
     at_start = memory_bytes(server.pid)[0] / MIB
     pool, chance = Pool(server.url, server.key), random.Random(0)
-    counts = {"sent": 0, "failed": 0}
+    counts = Counter({"sent": 0, "failed": 0})
     began, running = time.monotonic(), set()
     readings: list[tuple[float, float, float]] = []
     next_reading = began
@@ -109,7 +110,7 @@ async def watch(server: Server, rate: float, minutes: float) -> dict[str, Any]:
     memory = [mib for _, mib, _ in readings]
     return {
         "requests": counts["sent"],
-        "failed": counts["failed"],
+        "failed": {key: n for key, n in counts.items() if key not in ("sent", "failed")} or counts["failed"],
         "rss_at_start_mib": round(at_start, 1),
         "rss_median_mib": round(float(np.median(memory)), 1),
         "rss_most_mib": round(max(memory), 1),
@@ -124,7 +125,7 @@ async def watch(server: Server, rate: float, minutes: float) -> dict[str, Any]:
     }
 
 
-async def one(pool: Pool, model: str, counts: dict[str, int], chance: random.Random) -> None:
+async def one(pool: Pool, model: str, counts: Counter[str], chance: random.Random) -> None:
     """One request; each has words of its own."""
     (body,) = stage.bodies(1, model, tokens=200, stream=chance.random() < 1 / 3)
     body["messages"][0]["content"] += f" {chance.random()}"
@@ -139,7 +140,9 @@ async def one(pool: Pool, model: str, counts: dict[str, int], chance: random.Ran
         status = await response.head()
         await response.body()
         pool.keep(response)
-        counts["failed"] += status != 200
+        if status != 200:
+            counts["failed"] += 1
+            counts[f"status {status}"] += 1
     except (Hangup, OSError):
         counts["failed"] += 1
 
