@@ -228,7 +228,7 @@ def test_a_policy_that_drafts_is_fitted_certified_and_read_back(tmp_path, capsys
     fit([report], PAIR, tmp_path / "policy", options)
     later = write_report(tmp_path / "later", drafted(400, 3))
     found = calibrate(tmp_path / "policy", [later], alpha=0.06)
-    assert found["share_kept"] > 0.4 > found["share_kept_random"] * 2, (
+    assert found["share_kept"] > 0.33 > found["share_kept_random"] * 2, (
         "drafts that fail their sums are not kept"
     )
     policy = load_policy(tmp_path / "policy")
