@@ -40,7 +40,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    begin = tuple(tokenizer.build_inputs_with_special_tokens([]))
+    begin = tuple(tokenizer.encode(""))
     reader = Reader(
         lambda text: tokenizer.encode(text, add_special_tokens=False), render, complete, begin, embed
     )
