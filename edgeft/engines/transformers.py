@@ -115,7 +115,8 @@ def embedding(model: Any, ids: list[int], pace: Pace, mean: bool) -> Iterator[li
     """The last layer's state of the last token or the mean over all tokens, of length 1, after None for each piece."""
     import torch
 
-    past, summed, state = None, 0.0, None
+    past, state = None, None
+    summed: Any = 0.0
     for piece in pace.pieces(ids):
         with torch.inference_mode():
             out = model.base_model(input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True)
