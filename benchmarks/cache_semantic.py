@@ -23,6 +23,7 @@ from edgeft.errors import Inconclusive
 from edgeft.router.cache.negatives import KINDS, negative
 from edgeft.router.cache.semantic import bound_of, calibrate, pairs_likeness, passed_guards
 
+FIXED = (0.7, 0.8, 0.9, 0.95)
 WORD = re.compile(r"\w+")
 DEFAULT = route_data.DEFAULT.parent / "cache" / "paraphrase_pairs.json"
 
@@ -54,7 +55,11 @@ def main() -> None:
         ("embedding and guards", guards),
         ("rival: embedding alone", np.ones(len(pairs), bool)),
     ):
-        shown[name] = both_ways(likeness, right, passed, kinds, half, options.budget, options.delta)
+        shown[name] = both_ways(likeness, right, passed, half, options.budget, options.delta)
+        shown[name]["hits at a fixed threshold"] = {
+            str(t): {k: int((passed & (likeness >= t) & (kinds == k)).sum()) for k in sorted(set(kinds))}
+            for t in FIXED
+        }
     print(json.dumps(shown, indent=1))
 
 
@@ -92,7 +97,6 @@ def both_ways(
     likeness: np.ndarray,
     right: np.ndarray,
     passed: np.ndarray,
-    kinds: np.ndarray,
     half: np.ndarray,
     budget: float,
     delta: float,

@@ -30,7 +30,7 @@ PRICES = {  # in, out
 }  # fmt: skip
 BUDGET_SHARE, KEPT_ACCURACY = 0.12, 0.995
 SHARE_DELTA = 0.1  # chance that the escalated share of new rows is over the budget
-INNER = 4
+LANDMARKS = 150
 
 
 class Rows:
@@ -90,7 +90,7 @@ class Plan:
     def predicted(self, fitting: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(out-of-sample predicted gain of the fitting rows, of the test rows)."""
         x, mean, scale = standardised(self.x[fitting])
-        head = kernel.fit(x, self.gain[fitting][:, None], (20.0, 60.0, 200.0), most=400)
+        head = kernel.fit(x, self.gain[fitting][:, None], (20.0, 60.0, 200.0), most=LANDMARKS)
         return head.left_out[:, 0], kernel.predict(head, np.clip((self.x[test] - mean) / scale, -4, 4))[:, 0]
 
     def scores(self, at: np.ndarray, sent: np.ndarray) -> np.ndarray:

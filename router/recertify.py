@@ -111,12 +111,8 @@ def eligible(policy: LoadedPolicy, log: Path) -> tuple[list[dict[str, Any]], dic
     found = []
     for line in read_lines(log):
         counts["lines"] += 1
-        asked: Any = line.get("messages") or line.get("request")
-        if isinstance(asked, str) and asked:
-            asked = [{"role": "user", "content": asked}]
-        text = (
-            request_text(asked) if isinstance(asked, list) and all(isinstance(m, dict) for m in asked) else ""
-        )
+        asked = messages_of(line)
+        text = request_text(asked)
         if not text.strip():
             counts["no_text"] += 1
             continue
@@ -140,6 +136,14 @@ def eligible(policy: LoadedPolicy, log: Path) -> tuple[list[dict[str, Any]], dic
                 }
             )
     return found, counts
+
+
+def messages_of(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a log line, or [] where it keeps no texts."""
+    asked = line.get("messages") or line.get("request")
+    if isinstance(asked, str):
+        return [{"role": "user", "content": asked}]
+    return asked if isinstance(asked, list) and all(isinstance(m, dict) for m in asked) else []
 
 
 def ask(

@@ -8,8 +8,8 @@ import click
 from edgeft import console
 from edgeft.cli import Group, options
 from edgeft.cli.route_cache import command as cache_calibrate
+from edgeft.cli.route_certificate import calibrate_command, recertify, suspend_command
 from edgeft.cli.route_look import decide_command, explain_command, replay_command
-from edgeft.cli.route_recertify import recertify
 
 FOLDER = click.Path(path_type=Path)
 REPORTS = click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT...")
@@ -21,7 +21,7 @@ def command() -> None:
     """Fit and use a routing policy."""
 
 
-for other in (recertify, decide_command, explain_command, replay_command):
+for other in (calibrate_command, suspend_command, recertify, decide_command, explain_command, replay_command):
     command.add_command(other)
 
 
@@ -158,74 +158,6 @@ def eval_command(policy: Path, reports: tuple[Path, ...], html: Path | None) -> 
         ]
         console.table(("first tokens", "APGR", "95 % interval", "score"), rows, title="Judging drafts early")
     console.result(found, found["verdict"])
-
-
-@command.command("calibrate")
-@click.argument("policy", type=FOLDER)
-@REPORTS
-@click.option(
-    "--alpha",
-    type=float,
-    default=0.05,
-    show_default=True,
-    help="Share of requests that may lose by being kept.",
-)
-@click.option(
-    "--delta", type=float, default=0.1, show_default=True, help="Chance that the promise is broken."
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=0.0,
-    show_default=True,
-    help="Of the reports' answers, and of serving.",
-)
-@click.option(
-    "--judged",
-    type=FOLDER,
-    metavar="FILE",
-    help="JSONL of judge_loss and human_loss: a judge model graded the reports.",
-)
-@options
-def calibrate_command(
-    policy: Path,
-    reports: tuple[Path, ...],
-    alpha: float,
-    delta: float,
-    temperature: float,
-    judged: Path | None,
-) -> None:
-    """Certify a policy on rows that nothing else has seen.
-
-    Moves the policy's rule to the laxest that is certified and writes certificate.json beside it.
-    """
-    from edgeft.router.calibrate import calibrate
-
-    found = calibrate(policy, reports, alpha, delta, temperature, judged)
-    risk = found["risk_given_kept"]["all"]
-    console.result(
-        found,
-        f"certified on {found['n']} rows: with confidence {1 - delta:.0%} at most {alpha:.1%} of requests lose by being kept\n"
-        f"kept {found['share_kept']:.1%} (random {found['share_kept_random']:.1%}, the same scores with full knowledge "
-        f"{found['share_kept_full_knowledge']:.1%}); of the kept {risk['risk_given_kept']:.1%} lose, bound {risk['upper_bound']:.1%}\n"
-        f"{policy / 'certificate.json'}",
-    )
-
-
-@command.command("suspend")
-@click.argument("policy", type=FOLDER)
-@click.option("--because", metavar="TEXT", help="Why; stands in the certificate.")
-@click.option("--lift", is_flag=True, help="Put it in force again.")
-@options
-def suspend_command(policy: Path, because: str | None, lift: bool) -> None:
-    """Suspend a policy's certificate, or put it in force again."""
-    from edgeft.errors import UsageError
-    from edgeft.router.calibrate import suspend
-
-    if bool(because) == lift:
-        raise UsageError("say why, or lift the suspension.", "--because 'new product line', or --lift")
-    found = suspend(policy, because)
-    console.result(found, "in force again" if lift else f"suspended: {because}")
 
 
 @command.command("encoder")
