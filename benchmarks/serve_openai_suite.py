@@ -12,6 +12,7 @@ Prints two tables and one JSON line; exit 1 where it does not hold.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import re
 import shutil
@@ -181,9 +182,19 @@ def schemathesis(proxy: stage.Server, python: Path, examples: int, scratch: Path
     done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, check=False)
     entries = json.loads(kept.read_text())["log"]["entries"]
     secrets = ("Traceback", "site-packages", str(scratch), str(stage.HERE.parent.parent), PLANTED)
-    leaks = Counter(what for entry in entries for what in secrets if what in json.dumps(entry["response"]))
+    texts = [json.dumps(entry["response"].get("headers")) + body_of(entry["response"]) for entry in entries]
+    if not any('"error"' in text for text in texts):
+        sys.exit("the bodies of the responses were not kept: nothing could be looked for in them")
+    leaks = Counter(what for text in texts for what in secrets if what in text)
     tail = (done.stdout + done.stderr)[-4000:]
     return {"code": done.returncode, "tail": tail, "leaks": dict(leaks), "responses": len(entries)}
+
+
+def body_of(response: dict[str, Any]) -> str:
+    """The body of a HAR file's response."""
+    content = response.get("content") or {}
+    text = content.get("text") or ""
+    return base64.b64decode(text).decode(errors="replace") if content.get("encoding") == "base64" else text
 
 
 def show(cases: list[dict[str, str]], fuzzed: dict[str, Any]) -> None:
