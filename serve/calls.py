@@ -116,7 +116,10 @@ async def once(
                 breaker.good()
             raise
         except BrokenStream:
-            breaker.bad()
+            if hasattr(upstream, "again"):  # several replicas: one that died says nothing of the others
+                breaker.neither()
+            else:
+                breaker.bad()
             raise
         except BaseException:  # the client left
             breaker.neither()

@@ -188,9 +188,9 @@ def open_cache(config: Config) -> Any:
         return None
     store: Any
     if url := secret(settings.redis_env, None, "the address of Redis"):
-        from edgeft.router.cache.shared import RedisCache
+        from edgeft.router.cache.shared import InLoop, RedisCache
 
-        store = RedisCache(url)
+        store = InLoop(RedisCache(url))
     else:
         from edgeft.router.cache.exact import ExactCache
 
