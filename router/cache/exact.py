@@ -18,6 +18,7 @@ from edgeft.errors import EnvironmentFault, missing_extra
 
 SCHEMA = "edgeft/answer@2"
 SIZE_LIMIT_BYTES = 256 << 20
+MAPPED_BYTES = 8 << 20  # of the database; diskcache maps 64 MiB, which all count as the proxy's memory
 # Fields of OpenAI's API that change how an answer is sent or booked, not what it says. A field that is not known counts.
 NO_EFFECT = frozenset(
     {
@@ -87,7 +88,9 @@ def opened(folder: Path, disk: Callable[[], Any], size_limit_bytes: int) -> Any:
 
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return diskcache.Cache(str(folder), disk=disk(), size_limit=size_limit_bytes, timeout=1.0)
+        return diskcache.Cache(
+            str(folder), disk=disk(), size_limit=size_limit_bytes, timeout=1.0, sqlite_mmap_size=MAPPED_BYTES
+        )
     except (OSError, sqlite3.Error, diskcache.Timeout) as error:
         raise EnvironmentFault(
             f"the cache {folder} can't be opened: {error}.", "--cache DIR or --no-cache"
