@@ -39,7 +39,7 @@ class Exchange(asyncio.Protocol):
         self.waiting: list[bytes] = []
         self.waiting_bytes = 0
         self.paused = False
-        self.status, self.whole, self.any = 0, False, False
+        self.status, self.whole, self.any, self.keep = 0, False, False, False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -87,7 +87,12 @@ class Exchange(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """httptools' callback."""
-        self.whole = bool(self.status)
+        if self.status:
+            self.whole = True
+            self.keep = (
+                self.headers.get("connection", "").lower() != "close"
+                and self.parser.get_http_version() == "1.1"
+            )
 
     def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -177,12 +182,7 @@ class Wire:
         try:
             yield Answer(exchange, silence_s)
         finally:
-            if (
-                exchange.whole
-                and exchange.lost is None
-                and exchange.parser.should_keep_alive()
-                and len(self.idle) < KEPT
-            ):
+            if exchange.whole and exchange.lost is None and exchange.keep and len(self.idle) < KEPT:
                 exchange.idle_since = exchange.loop.time()
                 self.idle.append(exchange)
             else:
