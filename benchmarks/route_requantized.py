@@ -80,7 +80,7 @@ def main() -> None:
         "right_strong": round(float(strong.mean()), 4),
         "sampling_error_95": round(1.96 * (options.delta * (1 - options.delta) / options.splits) ** 0.5, 4),
     }  # fmt: skip
-    for alpha in (0.05, 0.1):
+    for alpha in (0.05, 0.1, 0.2):
         shown[f"alpha {alpha}"] = cases(
             gains, {n: q[rest] for n, q in quality.items()}, strong[rest], alpha, options
         )
