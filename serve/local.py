@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from edgeft.engines.bodies import side_by_side
 from edgeft.serve.answer import Chunk
 from edgeft.serve.pool import LocalSpec, NotReady, Pool
-from edgeft.serve.protocol import Kind
+from edgeft.serve.protocol import COMPLETION, Kind
 from edgeft.serve.refusals import not_ready
 from edgeft.serve.upstream import NOTHING, Features, HttpUpstream
 
@@ -59,9 +60,13 @@ class LocalUpstream:
     ) -> AsyncGenerator[Chunk]:
         assert self._http is not None, "hold() first"
         async with aclosing(self._http.stream(kind, fields, True, extra)) as chunks:
+            offset = 0
             async for chunk in chunks:
-                if "prompt_progress" not in chunk:
-                    yield chunk
+                if "prompt_progress" in chunk:
+                    continue
+                if kind is COMPLETION:
+                    offset = told_as_completion(chunk, offset)
+                yield chunk
 
     def fields(self, adapter: str | None, slot: int | None, reuse: bool) -> Mapping[str, Any]:
         assert self._model is not None, "hold() first"
@@ -82,6 +87,16 @@ class LocalUpstream:
     async def aclose(self) -> None:
         if self._http is not None:
             await self._http.aclose()
+
+
+def told_as_completion(chunk: Chunk, offset: int) -> int:
+    """Turn llama.cpp's log-probabilities, which are chat's for completions too, into completions' own; returns the text's length so far."""
+    for choice in chunk.get("choices") or ():
+        entries = (choice.get("logprobs") or {}).get("content")
+        if entries:
+            choice["logprobs"] = side_by_side(entries, offset)
+        offset += len(choice.get("text") or "")
+    return offset
 
 
 def guess(engine: str) -> dict[str, bool]:

@@ -218,7 +218,9 @@ def test_an_engine_does_what_its_features_say(tiny_dist, tmp_path, engine, folde
             headers={"Authorization": f"Bearer {local.key}"}, timeout=300,
         )  # fmt: skip
         if has["json_schema"]:
-            assert json.loads(answer.json()["choices"][0]["message"]["content"]) == {"a": 1}
+            said = answer.json()["choices"][0]["message"]["content"]
+            # a grammar allows white space, of which random weights may never tire
+            assert '{"a":1}'.startswith("".join(said.split())) and said.startswith("{")
         else:
             assert answer.status_code == 400 and "no grammars" in answer.text
         if has["embeddings"]:

@@ -111,7 +111,12 @@ def generate(
     parameters.set_search_options(**wanted)
     if sampling.schema is not None:
         parameters.set_guidance("json_schema", sampling.schema)
-    generator = og.Generator(model, parameters)
+    try:
+        generator = og.Generator(model, parameters)
+    except Exception as error:
+        if sampling.schema is None:
+            raise
+        raise BadRequest("the engine can't hold answers to this schema") from error
     for piece in pace.pieces(ids):
         generator.append_tokens(np.array(piece, dtype=np.int32))
         yield None
