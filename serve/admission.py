@@ -53,6 +53,10 @@ class Admission:
         """Why a newcomer may not come in, or None."""
         if self.in_flight >= self.slots and len(self.queue) >= self.waiting:
             return Busy(self.service_s * (len(self.queue) + 1) / self.slots)
+        if promised_s is not None and not self.seen and self.in_flight >= self.slots:
+            return Busy(
+                self.service_s, "ttft"
+            )  # no answer was timed yet: nothing can be promised but a free slot
         if (
             promised_s is not None
             and self.in_flight

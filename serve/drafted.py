@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from edgeft.router.cascade import judge, strongest_allowed
+from edgeft.router.cascade import Verdict, enough, judge, strongest_allowed
 from edgeft.router.drafts import Draft
 from edgeft.serve import counting
 from edgeft.serve.admission import Busy
@@ -20,50 +20,73 @@ from edgeft.serve.proxy import Proxy
 
 
 async def drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chunk]:
-    """The first candidate's whole answer where the judge keeps it; else the strongest's."""
+    """The first candidate's answer where the judge keeps it; else the strongest's. A judge that reads the first tokens alone decides when
+    they are here: the rest of a draft that is kept goes on as it comes, of one that is not, nothing more is made."""
     drafter = plan.order[0]
-    assert plan.decision is not None
+    policy, decision = plan.policy, plan.decision
+    assert decision is not None
+    schema = (asked.fields.get("response_format") or {}).get("json_schema", {}).get("schema")
     fields: Mapping[str, Any] = asked.fields
     if proxy.upstreams[drafter].features.logprobs:
         fields = {**fields, "logprobs": True}
     kept: list[Chunk] = []
-    answer, other = Answer(), None
+    answer = Answer()
+    verdict: Verdict | None = None
     second = second_of(plan)
     beside = asyncio.create_task(_text_of(proxy, plan, asked, second)) if second else None
     try:
         async with aclosing(once(proxy, plan, asked, drafter, fields)) as chunks:
             async for chunk in chunks:
+                if verdict is not None:
+                    yield _as_asked(asked, chunk)
+                    continue
                 kept.append(chunk)
                 answer.add(chunk)
-        other = await beside if beside else None
+                if schema is None and enough(policy, answer.text):
+                    verdict = judge(policy, plan.request, Draft(answer.text, complete=False), decision)
+                    if not verdict.keep:
+                        break
+                    for held in _kept(plan, drafter, verdict, kept):
+                        yield held if ROUTE in held else _as_asked(asked, held)
+        if verdict is not None and verdict.keep:
+            return
+        if verdict is None:
+            other = await beside if beside else None
+            verdict = judge(policy, plan.request, _draft_of(answer, other), decision, schema)
     except (Refusal, Busy, BrokenStream) as error:
-        if isinstance(error, Refusal) and not error.elsewhere:
+        if verdict is not None or (isinstance(error, Refusal) and not error.elsewhere):
             raise
         counting.fell_back(proxy, drafter, error)
-        async with aclosing(first_able(proxy, plan, asked, plan.order[1:] or plan.order)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        return
     finally:
         if beside:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
-    schema = (asked.fields.get("response_format") or {}).get("json_schema", {}).get("schema")
-    verdict = judge(plan.policy, plan.request, _draft_of(answer, other), plan.decision, schema)
-    stronger = strongest_allowed(plan.policy, plan.decision)
-    if verdict.keep or stronger is None:
-        plan.route = drafter
-        plan.told["reason"] = f"{plan.reason}; draft {verdict.reason}"
-        yield {ROUTE: drafter, "told": plan.told}
-        for chunk in kept:
-            yield chunk if asked.fields.get("logprobs") else _without_logprobs(chunk)
+    stronger = strongest_allowed(policy, decision)
+    if verdict is not None and (verdict.keep or stronger is None):
+        for held in _kept(plan, drafter, verdict, kept):
+            yield held if ROUTE in held else _as_asked(asked, held)
         return
-    counting.escalated(proxy, drafter, stronger)
-    plan.told["reason"] = f"{plan.reason}; draft {verdict.reason}"
-    rest = [name for name in plan.order if name not in (drafter, stronger)]
-    async with aclosing(first_able(proxy, plan, asked, (stronger, *rest, drafter))) as chunks:
+    order = plan.order[1:] or plan.order
+    if verdict is not None and stronger is not None:
+        counting.escalated(proxy, drafter, stronger)
+        plan.told["reason"] = f"{plan.reason}; draft {verdict.reason}"
+        order = (stronger, *(name for name in plan.order if name not in (drafter, stronger)), drafter)
+    async with aclosing(first_able(proxy, plan, asked, order)) as chunks:
         async for chunk in chunks:
             yield chunk
+
+
+def _kept(plan: Plan, drafter: str, verdict: Verdict, chunks: list[Chunk]) -> Iterator[Chunk]:
+    """Who answers, and the draft so far."""
+    plan.route = drafter
+    plan.told["reason"] = f"{plan.reason}; draft {verdict.reason}"
+    yield {ROUTE: drafter, "told": plan.told}
+    yield from chunks
+
+
+def _as_asked(asked: Asked, chunk: Chunk) -> Chunk:
+    """A chunk without the log-probabilities that the judge alone wanted."""
+    return chunk if asked.fields.get("logprobs") else _without_logprobs(chunk)
 
 
 def second_of(plan: Plan) -> str | None:

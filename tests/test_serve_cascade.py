@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
 pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 pytest.importorskip("aiohttp", reason="edgeft[serve] is not installed")
 
+from edgeft.engines.chat_server import Token
 from edgeft.router import LoadedPolicy
 from edgeft.router.cascade import fit_judge
 from edgeft.router.drafts import Draft
@@ -108,6 +110,39 @@ def test_a_draft_is_kept_or_sent_on_before_a_byte_of_it_is_seen(stream, tmp_path
             assert 'edgeft_tokens_total{direction="out",route="strong"} 7.0' in metrics
             pinned = stage.chat("what is 7 + 7", model="weak", stream=stream)
             assert text(pinned) == draft["text"], "who pins a model gets it unjudged"
+
+
+def test_a_judge_of_first_tokens_sends_on_early_and_ends_the_draft(tmp_path):
+    policy = drafting()
+    policy = replace(policy, judge=replace(policy.judge, after_tokens=4))
+    text = {"draft": "7 + 7 = 15 so the answer that I give is in any case the one that comes now: #### 15"}
+    engine = Engine("weak")
+    engine.tokens = lambda _: (Token(f"{word} ", -0.1) for word in slowly(text["draft"], engine))  # type: ignore[method-assign]
+    with answering("#### 14", []) as strong_url:
+        upstreams = {"weak": upstream_of(engine), "strong": HttpUpstream(strong_url, "strong", None)}
+        with running(create_app(policy, upstreams, config=config_of())) as client:
+            stage = Stage(client, {}, None)
+            for threshold, route in ((-9.0, "strong"), (9.0, "weak")):
+                object.__setattr__(policy.judge, "threshold", threshold)
+                engine.said = 0
+                answer = stage.chat("what is 7 + 7", stream=True)
+                assert answer.headers["x-edgeft-route"] == route
+                if route == "weak":
+                    assert (
+                        text_of(events(answer)).split() == text["draft"].split()
+                        and "logprobs" not in answer.text
+                    )
+                else:
+                    until(lambda: engine.said < len(text["draft"].split()))
+                    assert "#### 14" in answer.text and "answer" not in answer.text
+
+
+def slowly(text: str, engine: Any) -> Any:
+    """Words that come one by one, counted."""
+    for word in text.split():
+        time.sleep(0.05)
+        engine.said += 1
+        yield word
 
 
 def test_a_private_draft_is_never_sent_on():
