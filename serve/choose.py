@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from edgeft.router import LoadedPolicy, NoCandidate, Request, decide, from_openai, removed_for
+from edgeft.router import LoadedPolicy, NoCandidate, Request, State, decide, from_openai, removed_for
 from edgeft.router.cascade import drafts, strongest_allowed
 from edgeft.router.costs import seconds_of
 from edgeft.router.heads import Features, read
@@ -22,7 +22,7 @@ from edgeft.serve.proxy import AUTO, Proxy
 from edgeft.serve.refusals import not_ready
 from edgeft.types import Decision
 
-MOST_FEATURES = 256
+MOST_TEXTS = 256
 LIMITS = ("floor", "max_cost", "max_latency_s")
 
 
@@ -97,9 +97,13 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
     }  # fmt: skip
     if asked.model == AUTO:
         share = policy.policy.rule.get("explore")
-        features = await features_of(proxy, policy, request.text)
+        known = await known_of(proxy, policy, request.text)
+        features = known.features
         try:
-            decision = decide(policy, request, random.random() if share else 1.0, state, features)
+            decision = known.again(request, state) if not share else None
+            if decision is None:
+                decision = decide(policy, request, random.random() if share else 1.0, state, features)
+                known.decided = (request, state, decision)
         except NoCandidate as nobody:
             for name, reason in nobody.removed.items():
                 if reason == "not available" and name not in unable:  # it could and may: later
@@ -131,25 +135,40 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
             )
         private = why_private(policy.policy.privacy, request) is not None
         return Plan(order=(asked.model,), private=private, reason="pinned by the request", **common)
-    known = ", ".join(f"'{name}'" for name in (AUTO, *policy.candidates))
+    names = ", ".join(f"'{name}'" for name in (AUTO, *policy.candidates))
     raise Refusal(
         404,
-        f"The model '{asked.model[:100]}' is not served. Known: {known}.",
+        f"The model '{asked.model[:100]}' is not served. Known: {names}.",
         param="model",
         code="model_not_found",
     )
 
 
-async def features_of(proxy: Proxy, policy: LoadedPolicy, text: str) -> Features:
-    """What the heads read of a text; of the last few hundred texts, kept: what comes from the cache was asked before."""
-    known = proxy.features.get(text)
-    if known is None or known[0] is not policy:
+@dataclass
+class Known:
+    """What was computed of a text: it is asked again when its answer comes from the cache. In memory alone."""
+
+    policy: LoadedPolicy
+    features: Features
+    decided: tuple[Request, State, Decision] | None = None
+
+    def again(self, request: Request, state: State) -> Decision | None:
+        """The decision of the same request at the same moment: deciding is pure."""
+        if self.decided is not None and self.decided[0] == request and self.decided[1] == state:
+            return self.decided[2]
+        return None
+
+
+async def known_of(proxy: Proxy, policy: LoadedPolicy, text: str) -> Known:
+    """What is known of a text, or read now; of the last few hundred texts, kept."""
+    known: Known | None = proxy.texts.get(text)
+    if known is None or known.policy is not policy:
         # A sentence encoder takes milliseconds: not in the event loop.
         fresh = await asyncio.to_thread(read, policy, text) if policy.encoder else read(policy, text)
-        known = proxy.features[text] = (policy, fresh)
-        if len(proxy.features) > MOST_FEATURES:
-            proxy.features.popitem(last=False)
-    return known[1]
+        known = proxy.texts[text] = Known(policy, fresh)
+        if len(proxy.texts) > MOST_TEXTS:
+            proxy.texts.popitem(last=False)
+    return known
 
 
 def request_of(asked: Asked, tenant: str | None) -> Request:

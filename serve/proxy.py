@@ -51,7 +51,7 @@ class Proxy:
         self.breakers: dict[str, Breaker] = {}
         self.slots: dict[str, Slots] = {}
         self.flights: Flights[Any] = Flights()
-        self.features: OrderedDict[str, Any] = OrderedDict()  # text -> (policy, features), in memory alone
+        self.texts: OrderedDict[str, Any] = OrderedDict()  # text -> what was computed of it, in memory alone
         self.conversations: OrderedDict[bytes, str] = OrderedDict()  # hash of what was said -> who said it
 
     def state_of(self, candidate_id: str) -> str:

@@ -49,6 +49,7 @@ def serve(config: Config, reread: Any = None) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             date_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=round(config.listen.drain_s),
