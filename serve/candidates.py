@@ -64,7 +64,10 @@ def spec_of(candidate: dict[str, Any], config: Config) -> LocalSpec:
         threads=own.threads or engines.threads,
         slots=own.slots or engines.slots,
         adapters={name: str(path) for name, path in own.adapters.items()},
-        options={"binary": str(binary)} if binary else {},
+        options={
+            **({"binary": str(binary)} if binary else {}),
+            **({"embeddings": True} if own.embeddings else {}),
+        },
         log=cache_dir("logs") / f"{name}.log",
     )
 

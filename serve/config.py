@@ -85,6 +85,7 @@ class Model:
     adapters: Mapping[str, Path] = field(
         default_factory=dict
     )  # name -> folder or GGUF file, beside this base
+    embeddings: bool = False  # a GGUF model makes embeddings beside answers (the last token's state)
     ttft_s: float | None = None
     # of servers and API models
     key_env: str | None = None

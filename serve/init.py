@@ -83,7 +83,7 @@ def write(policy: Path, artifacts: Path | None, out: Path) -> Path:
 def _model(name: str, candidate: dict[str, Any]) -> str:
     key = json.dumps(name, ensure_ascii=False)
     if candidate["kind"] != "api":
-        return f"  {key}: {{}}   # context, slots, threads, preload, ttft_s, adapters: {{name: folder}}\n"
+        return f"  {key}: {{}}   # context, slots, threads, preload, ttft_s, embeddings, adapters: {{name: folder}}\n"
     kind, url, _ = address_of(name)
     where = url or kind
     return f"  {key}:   # {where}\n    # key_env: OPENAI_API_KEY   # or key_file; it is never written here\n    retries: 1\n    silence_s: 600\n"

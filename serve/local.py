@@ -20,7 +20,7 @@ class LocalUpstream:
     def __init__(self, pool: Pool, spec: LocalSpec, load_wait_s: float) -> None:
         self.pool, self.spec, self.load_wait_s = pool, spec, load_wait_s
         self.slots, self.context_tokens = spec.slots, spec.context
-        self.features = Features(n=False, adapters=tuple(spec.adapters), **guess(spec.engine))
+        self.features = Features(n=False, adapters=tuple(spec.adapters), **guess(spec.engine, spec.options))
         self.generation = 0
         self._model: Any = None
         self._http: HttpUpstream | None = None
@@ -99,11 +99,11 @@ def told_as_completion(chunk: Chunk, offset: int) -> int:
     return offset
 
 
-def guess(engine: str) -> dict[str, bool]:
+def guess(engine: str, options: Mapping[str, Any] = NOTHING) -> dict[str, bool]:
     """What an engine can do, before its process has said so."""
     llama = engine in ("gguf", "llama_server")
     return {
-        "embeddings": engine == "transformers",
+        "embeddings": engine == "transformers" or bool(options.get("embeddings")),
         "tools": llama,
         "json_schema": llama,
         "logprobs": engine != "onnx",

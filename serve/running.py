@@ -62,6 +62,8 @@ class Running:
             if isinstance(upstream, LocalUpstream) and self.preloaded(candidate["id"]):
                 with console.step(f"loading {candidate['id']}"):
                     await self.pool.preload([candidate["id"]])
+                async with upstream.hold():
+                    pass  # what it can do is known from now on
             self.proxy.upstreams[candidate["id"]] = upstream
         return list(self.proxy.upstreams)
 
