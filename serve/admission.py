@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 FIRST_GUESS_S = 2.0
 WEIGHT = 0.2  # of the newest service time in the running mean
@@ -27,6 +27,21 @@ class Busy(Exception):
     def __init__(self, retry_after_s: float, why: str = "queue_full") -> None:
         super().__init__(f"busy for about {retry_after_s:.1f} s")
         self.retry_after_s, self.why = max(1, math.ceil(retry_after_s)), why
+
+
+class Turn:
+    """One request's use of a slot. Times are of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.began_s, self.ended_s = time.monotonic(), None  # type: float, float | None
+
+    def begin(self) -> None:
+        """The engine is there: its time runs from now."""
+        self.began_s = time.monotonic()
+
+    def done(self) -> None:
+        """It answered."""
+        self.ended_s = time.monotonic()
 
 
 class Admission:
@@ -75,19 +90,20 @@ class Admission:
         self.s_per_prompt_token = rate if known is None else known + WEIGHT * (rate - known)
 
     @asynccontextmanager
-    async def slot(self, prompt_tokens: int = 0, promised_s: float | None = None) -> AsyncIterator[None]:
-        """Hold a slot for the length of the block. Raises Busy as `refuse` says."""
+    async def slot(self, prompt_tokens: int = 0, promised_s: float | None = None) -> AsyncIterator[Turn]:
+        """Hold a slot for the length of the block. Raises Busy as `refuse` says. Only a block that calls `done` counts as a service time."""
         if busy := self.refuse(prompt_tokens, promised_s):
             raise busy
         if self.in_flight < self.slots:
             self.in_flight += 1
         else:
             await self._queue()
-        started = time.monotonic()
+        turn = Turn()
         try:
-            yield
+            yield turn
         finally:
-            self._served(time.monotonic() - started)
+            if turn.ended_s is not None:
+                self._served(turn.ended_s - turn.began_s)
             self._leave()
 
     def _served(self, seconds: float) -> None:
@@ -108,7 +124,8 @@ class Admission:
             if turn.done() and not turn.cancelled():
                 self._leave()  # the slot was handed over in the same moment
             else:
-                self.queue.remove(turn)
+                with suppress(ValueError):  # left in the same moment as the one who would have handed over
+                    self.queue.remove(turn)
             raise
 
     def _leave(self) -> None:

@@ -80,7 +80,15 @@ def origin_refused(proxy: Proxy, scope: Scope) -> bool:
     if proxy.config.keys.required:
         return False  # a key is more than a page from elsewhere has
     origin = next((value for name, value in scope["headers"] if name == b"origin"), None)
-    return origin is not None and urlsplit(origin.decode("latin-1")).hostname not in HOME
+    return origin is not None and host_of(origin.decode("latin-1")) not in HOME
+
+
+def host_of(address: str) -> str | None:
+    """The name in an address; None where it is none."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
 
 
 def _refused(refusal: Refusal) -> Response:
@@ -95,7 +103,7 @@ def _rest(proxy: Proxy, posts: dict[str, Endpoint]) -> Starlette:
         except Refusal as refusal:
             return JSONResponse(refusal.body, refusal.status, headers={"www-authenticate": "Bearer"})
         host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
-        if not proxy.config.keys.required and urlsplit(f"//{host}").hostname not in HOME:
+        if not proxy.config.keys.required and host_of(f"//{host}") not in HOME:
             return _refused(
                 Refusal(403, "Without keys only this machine's own names are answered.", code="host")
             )

@@ -21,6 +21,7 @@ class Breaker:
     pause_s: float = FIRST_S
     until_s: float = 0.0
     trying: bool = False  # a trial is under way
+    generation: int = 0  # of the process that it speaks of
     at_limit: bool = False  # it was not broken: it asked to be left alone
 
     def open_for_s(self) -> float:
@@ -41,6 +42,8 @@ class Breaker:
 
     def bad(self, retry_after_s: float | None = None, at_limit: bool = False) -> None:
         """It failed; it may have said how long it wants to be left alone."""
+        if self.failures >= FAILURES and self.until_s > time.monotonic():
+            return  # one of those that were under way when it opened
         self.failures += 1
         self.at_limit = at_limit
         self.trying = False

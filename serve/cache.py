@@ -43,7 +43,7 @@ class AnswerCache:
             candidate_id,
             tenant=plan.tenant,
             artifact_sha256=candidate.get("artifact_sha256"),
-            adapter_sha256=plan.adapter,
+            adapter_sha256=adapter_key(plan, candidate_id),
         )
 
     async def get(self, key: str) -> tuple[Answer, str] | None:
@@ -65,6 +65,11 @@ class AnswerCache:
     async def aclose(self) -> None:
         """Close what is open."""
         await _now(self.store.close())
+
+
+def adapter_key(plan: Plan, candidate_id: str) -> str | None:
+    """The adapter's name and files; None where there is none."""
+    return None if plan.adapter is None else f"{plan.adapter} {plan.adapter_facts.get(candidate_id, '')}"
 
 
 async def _now(value: Any) -> Any:

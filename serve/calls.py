@@ -11,13 +11,15 @@ from typing import Any
 from edgeft.serve import counting
 from edgeft.serve.answer import BrokenStream, Chunk, look
 from edgeft.serve.choose import Plan, prefix_chain
+from edgeft.serve.prefixes import Slots
 from edgeft.serve.protocol import Asked, Refusal
 from edgeft.serve.proxy import Proxy
 from edgeft.serve.refusals import at_limit, not_ready
+from edgeft.serve.upstream import Upstream
 
 
 async def calls(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> AsyncGenerator[Chunk]:
-    """One call, or n of them at once where the engine gives one answer a call; usage is then their sum, the prompt counted once."""
+    """One call, or n of them at once where the engine gives one answer a call; usage is then their sum."""
     n = asked.n
     upstream = proxy.upstreams.get(candidate_id)
     if n == 1 or upstream is None or upstream.features.n:
@@ -66,12 +68,7 @@ async def calls(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> As
 def _summed(total: dict[str, Any] | None, usage: Mapping[str, Any]) -> dict[str, Any]:
     if total is None:
         return {k: usage.get(k) or 0 for k in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    more = usage.get("completion_tokens") or 0
-    return {
-        **total,
-        "completion_tokens": total["completion_tokens"] + more,
-        "total_tokens": total["total_tokens"] + more,
-    }
+    return {name: count + (usage.get(name) or 0) for name, count in total.items()}
 
 
 async def once(
@@ -85,13 +82,16 @@ async def once(
         raise at_limit(pause_s) if breaker.at_limit else not_ready(candidate_id, "paused", pause_s)
     admission = proxy.admission(candidate_id)
     promised_s = proxy.promised_s(candidate_id, asked)
-    if busy := admission.refuse(plan.prompt_tokens, promised_s):
-        raise busy
     usage: Mapping[str, Any] | None = None
     finished, begun, taken = False, False, True
-    async with upstream.hold(), admission.slot(plan.prompt_tokens, promised_s):
-        slot, extra = _placed(proxy, plan, asked, candidate_id)
-        started_s = time.monotonic()
+    async with admission.slot(plan.prompt_tokens, promised_s) as turn, upstream.hold():
+        turn.begin()
+        if breaker.generation != (process := getattr(upstream, "generation", 0)):
+            breaker.good()  # what failed was another process
+            breaker.generation = process
+        if pause_s := breaker.open_for_s():  # it opened while this one waited
+            raise not_ready(candidate_id, "paused", pause_s)
+        slots, slot, extra = _placed(upstream, plan, asked)
         breaker.begin()
         try:
             async with aclosing(upstream.stream(asked.kind, fields, asked.stream, extra)) as chunks:
@@ -102,14 +102,15 @@ async def once(
                     finished = finished or ends
                     if said and not begun:
                         begun = True
-                        admission.first(plan.prompt_tokens, time.monotonic() - started_s)
+                        admission.first(plan.prompt_tokens, time.monotonic() - turn.began_s)
                         counting.first(proxy, candidate_id, plan)
                     yield chunk
             if not finished:
                 raise BrokenStream("it ended without a finish reason")
             breaker.good()
+            turn.done()
         except Refusal as refusal:
-            taken = False
+            taken = refusal.status == 504  # it was silent, and may have worked
             if refusal.elsewhere:
                 breaker.bad(refusal.retry_after_s, refusal.status == 429)
             else:
@@ -125,18 +126,18 @@ async def once(
             breaker.neither()
             raise
         finally:
-            if slot is not None:
-                proxy.prefix_slots(candidate_id).give(slot)
+            if slots is not None and slot is not None:
+                slots.give(slot, filled=begun or finished)
             counting.used(proxy, candidate_id, plan, usage, taken)
 
 
 def _placed(
-    proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str
-) -> tuple[int | None, Mapping[str, Any]]:
-    """(slot, the engine's own fields): which slot of a local engine, whether what lies there may be used, which adapter."""
-    upstream = proxy.upstreams[candidate_id]
-    if not upstream.features.id_slot:
-        return None, upstream.fields(plan.adapter, None, False)
+    upstream: Upstream, plan: Plan, asked: Asked
+) -> tuple[Slots | None, int | None, Mapping[str, Any]]:
+    """(the engine's slots, which of them, the engine's own fields): whether what lies in the slot may be used, which adapter."""
+    slots: Slots | None = getattr(upstream, "prefixes", None)
+    if slots is None or not upstream.features.id_slot:
+        return None, None, upstream.fields(plan.adapter, None, False)
     chain = plan.chain = plan.chain or prefix_chain(asked)
-    slot, mine = proxy.prefix_slots(candidate_id).take(plan.tenant, plan.adapter, chain)
-    return slot, upstream.fields(plan.adapter, slot, mine)
+    slot, mine = slots.take(plan.tenant, plan.adapter, chain)
+    return slots, slot, upstream.fields(plan.adapter, slot, mine)

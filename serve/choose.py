@@ -42,6 +42,9 @@ class Plan:
     draft: bool = False  # the first one's answer is judged before it is sent
     chain: tuple[bytes, ...] = ()
     adapter: str | None = None
+    adapter_facts: Mapping[str, str] = field(
+        default_factory=dict
+    )  # candidate -> what its adapter of this name is
     route: str = ""
     told: dict[str, Any] = field(default_factory=dict)  # what happened later: fallbacks, the judge's verdict
 
@@ -91,9 +94,14 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
             code="prompt_too_long",
         )
     unable = unable_for(proxy, asked, tokens)
+    facts = {
+        name: found
+        for name, upstream in proxy.upstreams.items()
+        if adapter is not None and (found := getattr(upstream, "adapter_facts", {}).get(adapter))
+    }
     state = proxy.moment(frozenset(unable))
     common: dict[str, Any] = {
-        "policy": policy, "tenant": tenant, "prompt_tokens": tokens, "request": request, "adapter": adapter,
+        "policy": policy, "tenant": tenant, "prompt_tokens": tokens, "request": request, "adapter": adapter, "adapter_facts": facts,
     }  # fmt: skip
     if asked.model == AUTO:
         share = policy.policy.rule.get("explore")
@@ -178,6 +186,8 @@ def request_of(asked: Asked, tenant: str | None) -> Request:
     if own:
         known |= {name: own[name] for name in LIMITS if name in own}
         known |= {"tags": frozenset(own.get("tags", ())), "private": bool(own.get("private"))}
+    if isinstance(prompt := asked.fields.get("prompt"), list):
+        known["prompt_tokens"] = len(prompt)
     body = asked.fields if asked.kind is CHAT else {**asked.fields, "messages": asked.messages}
     return from_openai(body, **known)
 

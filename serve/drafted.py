@@ -27,7 +27,8 @@ async def drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chun
     assert decision is not None
     schema = (asked.fields.get("response_format") or {}).get("json_schema", {}).get("schema")
     fields: Mapping[str, Any] = asked.fields
-    if proxy.upstreams[drafter].features.logprobs:
+    upstream = proxy.upstreams.get(drafter)
+    if upstream is not None and upstream.features.logprobs:
         fields = {**fields, "logprobs": True}
     kept: list[Chunk] = []
     answer = Answer()
@@ -61,6 +62,7 @@ async def drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chun
         if beside:
             beside.cancel()
             await asyncio.gather(beside, return_exceptions=True)
+    plan.told["judged"] = verdict is not None
     stronger = strongest_allowed(policy, decision)
     if verdict is not None and (verdict.keep or stronger is None):
         for held in _kept(plan, drafter, verdict, kept):
@@ -79,6 +81,7 @@ async def drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chun
 def _kept(plan: Plan, drafter: str, verdict: Verdict, chunks: list[Chunk]) -> Iterator[Chunk]:
     """Who answers, and the draft so far."""
     plan.route = drafter
+    plan.told["judged"] = True
     plan.told["reason"] = f"{plan.reason}; draft {verdict.reason}"
     yield {ROUTE: drafter, "told": plan.told}
     yield from chunks

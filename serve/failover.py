@@ -76,7 +76,10 @@ async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, .
 def _pause_s(error: Exception, attempt: int, last: bool) -> float | None:
     """How long to wait before the same candidate is asked again; None where that is of no use. A wait that the upstream asks for is
     kept only where nobody else is left."""
-    if isinstance(error, Busy) or getattr(error, "status", 0) == 503:  # not ready, as we said ourselves
+    if isinstance(error, Busy) or getattr(error, "status", 0) in (
+        503,
+        504,
+    ):  # not ready, as we said ourselves; or silent
         return None
     wait = getattr(error, "retry_after_s", None)
     if wait is not None:

@@ -30,10 +30,13 @@ async def produce(proxy: Proxy, plan: Plan, asked: Asked, key: str | None) -> As
             yield chunk
     if key and proxy.cache and answer.whole:
         # Somebody else's answer is kept under that one's key, except where a judge sent it on: then it is the answer of the pair.
-        place = (
-            key if plan.draft or plan.route == plan.order[0] else proxy.cache.key_for(asked, plan, plan.route)
-        )
-        await proxy.cache.put(place, answer, plan, plan.route)
+        place: str | None = key
+        if plan.draft:
+            place = key if plan.told.get("judged") else None
+        elif plan.route != plan.order[0]:
+            place = proxy.cache.key_for(asked, plan, plan.route)
+        if place:
+            await proxy.cache.put(place, answer, plan, plan.route)
 
 
 def shared(proxy: Proxy, key: str | None, plan: Plan, asked: Asked) -> AsyncIterator[Chunk]:

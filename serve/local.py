@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from edgeft.engines.bodies import side_by_side
 from edgeft.serve.answer import Chunk
 from edgeft.serve.pool import LocalSpec, NotReady, Pool
+from edgeft.serve.prefixes import Slots
 from edgeft.serve.protocol import COMPLETION, Kind
 from edgeft.serve.refusals import not_ready
 from edgeft.serve.upstream import NOTHING, Features, HttpUpstream
@@ -21,7 +23,9 @@ class LocalUpstream:
         self.pool, self.spec, self.load_wait_s = pool, spec, load_wait_s
         self.slots, self.context_tokens = spec.slots, spec.context
         self.features = Features(n=False, adapters=tuple(spec.adapters), **guess(spec.engine, spec.options))
+        self.adapter_facts = {name: facts_of(Path(path)) for name, path in spec.adapters.items()}
         self.generation = 0
+        self.prefixes = Slots.of(spec.slots)
         self._model: Any = None
         self._http: HttpUpstream | None = None
 
@@ -39,6 +43,7 @@ class LocalUpstream:
         """Another process than last time."""
         before, self._model = self._http, model
         self.generation += 1
+        self.prefixes = Slots.of(model.slots)  # who still uses the last process gives back to its own
         can = model.features
         self.features = Features(
             **{
@@ -87,6 +92,12 @@ class LocalUpstream:
     async def aclose(self) -> None:
         if self._http is not None:
             await self._http.aclose()
+
+
+def facts_of(path: Path) -> str:
+    """What tells one adapter's files from another's: names, sizes and times of change."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.exists())
 
 
 def told_as_completion(chunk: Chunk, offset: int) -> int:

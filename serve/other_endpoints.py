@@ -7,8 +7,9 @@ from typing import Any
 
 from edgeft.router import Request, removed_for
 from edgeft.serve import endpoints
+from edgeft.serve.admission import Busy
 from edgeft.serve.http import Reply
-from edgeft.serve.protocol import CHAT, EMBEDDING_FIELDS, Asked, Refusal, listed, loads
+from edgeft.serve.protocol import CHAT, EMBEDDING_FIELDS, Asked, Refusal, listed, loads, options_of
 from edgeft.serve.proxy import AUTO, Proxy
 from edgeft.serve.refusals import not_ready
 
@@ -25,18 +26,39 @@ async def embeddings(proxy: Proxy, body: bytes, reply: Reply) -> None:
     if not isinstance(model, str) or not model:
         raise Refusal(400, "'model' must be a string: 'auto', or the id of a model.", param="model")
     fields = listed(value, EMBEDDING_FIELDS)
-    texts = _texts(fields.get("input"))
+    contents, tokens = _contents(fields.get("input"))
+    own = options_of(value)
     if fields.get("encoding_format", "float") not in ("float", "base64"):
         raise Refusal(400, "'encoding_format' must be 'float' or 'base64'.", param="encoding_format")
-    request = Request([{"role": "user", "content": text} for text in texts], tenant=reply.tenant)
+    request = Request(
+        [{"role": "user", "content": content} for content in contents],
+        tenant=reply.tenant,
+        prompt_tokens=tokens,
+        tags=frozenset(own.get("tags", ())),
+        private=bool(own.get("private")),
+    )
     candidate_id = _embedder(proxy, model, request)
     reply.route = candidate_id
     reply.headers |= {"x-edgeft-route": candidate_id, "x-edgeft-cache": "off"}
     upstream = proxy.upstreams[candidate_id]
-    async with upstream.hold(), proxy.admission(candidate_id).slot(request.tokens):
-        answer = await upstream.embeddings(fields)
-    usage = answer.get("usage") or {}
-    proxy.metrics.tokens_used(candidate_id, usage.get("prompt_tokens") or 0, 0, 0)
+    usage: dict[str, Any] = {}
+    sent = False
+    try:
+        async with proxy.admission(candidate_id).slot(request.tokens), upstream.hold():
+            sent = True
+            answer = await upstream.embeddings(fields)
+        usage = answer.get("usage") or {}
+    except (Refusal, Busy):
+        sent = False
+        raise
+    finally:
+        if usage:
+            prompt = usage.get("prompt_tokens") or 0
+            proxy.metrics.tokens_used(candidate_id, prompt, 0, 0)
+            if price := proxy.policy.candidates[candidate_id].get("price"):
+                proxy.metrics.paid(candidate_id, prompt * price["usd_per_mtok_in"] / 1e6, None)
+        elif sent:
+            proxy.metrics.usage_unresolved(candidate_id)
     await reply.json(200, {**answer, "model": candidate_id})
 
 
@@ -68,18 +90,16 @@ def _embedder(proxy: Proxy, model: str, request: Request) -> str:
     )
 
 
-def _texts(value: Any) -> list[str]:
-    """The texts that privacy rules read; token ids count as unreadable text of their own."""
+def _contents(value: Any) -> tuple[list[Any], int | None]:
+    """(contents of messages as privacy rules read them, tokens where they are counted): token ids are nothing that can be read."""
     if isinstance(value, str) and value:
-        return [value]
+        return [value], None
     if isinstance(value, list) and value and len(value) <= MOST_INPUTS:
         if all(isinstance(entry, str) and entry for entry in value):
-            return value
-        flat = all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-        if flat or all(
-            isinstance(entry, list) and entry and all(isinstance(t, int) for t in entry) for entry in value
-        ):
-            return [" ".join(map(str, value))]
+            return value, None
+        several = value if isinstance(value[0], list) else [value]
+        if all(isinstance(ids, list) and ids and all(type(i) is int for i in ids) for ids in several):
+            return [[{"type": "tokens", "ids": ids}] for ids in several], sum(map(len, several))
     raise Refusal(400, f"'input' must be a text, up to {MOST_INPUTS} texts, or token ids.", param="input")
 
 
@@ -107,7 +127,7 @@ async def generate(proxy: Proxy, body: bytes, reply: Reply) -> None:
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": given["max_length"], "temperature": given["temperature"], "top_p": given["top_p"],
     }  # fmt: skip
-    answer = await endpoints.whole(proxy, Asked(CHAT, model, fields, False, False), reply)
+    answer = await endpoints.whole(proxy, Asked(CHAT, model, fields, False, False, options_of(value)), reply)
     await reply.json(
         200,
         {

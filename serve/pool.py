@@ -96,6 +96,7 @@ class Entry:
     load_s: float = TYPICAL_LOAD_S
     rss_bytes: int | None = None  # as last measured
     reserved_bytes: int = 0
+    dropped: bool = False  # it is in no table any more: no load begins
 
 
 class Pool:
@@ -146,7 +147,8 @@ class Pool:
         Raises KeyError for a name that is none, NotReady where it waits for a restart, its load failed or takes longer, or
         memory is short.
         """
-        loaded = await self._ready(self.entries[name], wait_s)
+        entry = self.entries[name]
+        loaded = await self._ready(entry, wait_s)
         loaded.users += 1
         loaded.idle_since = None
         try:
@@ -154,24 +156,34 @@ class Pool:
         finally:
             loaded.users -= 1
             if loaded.users == 0:
-                self._idle(self.entries[name], loaded)
+                self._idle(entry, loaded)
 
     def spec(self, name: str) -> LocalSpec | None:
         """How a model is run; None where there is none of that name."""
         return self.entries[name].spec if name in self.entries else None
 
-    def put(self, spec: LocalSpec) -> None:
-        """Add a model, or run it otherwise from now on: who uses the process of before keeps it to the end."""
-        self.drop(spec.id)
-        self.entries[spec.id] = Entry(spec)
+    async def prepared(self, spec: LocalSpec, load: bool) -> Entry:
+        """An entry that is in no table yet, loaded beside what runs where `load`. Raises NotReady, and nothing has changed."""
+        entry = Entry(spec)
+        if load:
+            await self._ready(entry, None)
+        return entry
+
+    def put(self, entry: Entry) -> None:
+        """Take a model in, in place of one of its name: who uses the process of before keeps it to the end."""
+        self.drop(entry.spec.id)
+        self.entries[entry.spec.id] = entry
 
     def drop(self, name: str) -> None:
         """Forget a model; its process ends when nobody uses it any more."""
         if (entry := self.entries.pop(name, None)) is not None:
+            entry.dropped = True
             self._spawn(self._retire(entry))
 
     async def _retire(self, entry: Entry) -> None:
         if entry.task:
+            if entry.state == RESTARTING:
+                entry.task.cancel()
             await asyncio.gather(entry.task, return_exceptions=True)
         while entry.loaded and entry.loaded.users and not self.closed:
             await asyncio.sleep(RETIRING_LOOK_S)
@@ -204,6 +216,8 @@ class Pool:
             now = time.monotonic()
             if self.closed:
                 raise NotReady(LONGEST_BACKOFF_S, entry.state, "the server is shutting down")
+            if entry.dropped and entry.state != READY:
+                raise NotReady(1.0, entry.state, f"{entry.spec.id} is run otherwise now")
             if entry.state == READY and entry.loaded:
                 return entry.loaded
             if entry.state in (RESTARTING, FAILED) and now < entry.retry_at:
@@ -270,6 +284,8 @@ class Pool:
         entry.reason = f"the engine's process of {entry.spec.id} ended"
         entry.restarts += 1
         self._spawn(asyncio.to_thread(loaded.model.close))
+        if entry.dropped:
+            return
         entry.task = asyncio.get_running_loop().create_task(self._restart(entry, pause))
 
     async def _restart(self, entry: Entry, pause: float) -> None:

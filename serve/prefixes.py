@@ -31,7 +31,6 @@ class Slots:
 
     slots: list[Slot]
     turn: int = 0
-    generation: int = 0  # of the process that they were filled in
 
     @staticmethod
     def of(count: int) -> Slots:
@@ -55,9 +54,12 @@ class Slots:
         slot.owner, slot.chain, slot.used, slot.taken = owner, chain, self.turn, True
         return best, mine
 
-    def give(self, index: int) -> None:
-        """The request in this slot is done; what it said stays there."""
-        self.slots[index].taken = False
+    def give(self, index: int, filled: bool) -> None:
+        """The request in this slot is done. What it said stays there; where the engine may never have touched it, what does is not known."""
+        slot = self.slots[index]
+        slot.taken = False
+        if not filled:
+            slot.owner, slot.chain = None, ()
 
     def forget(self) -> None:
         """The process was started anew."""

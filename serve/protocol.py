@@ -6,7 +6,6 @@ Only fields that are listed here go upstream; others are dropped, so that no eng
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +65,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 CONTENT_NEEDED = ("system", "developer", "user", "tool")
 MOST_STOPS, MOST_TAGS = 16, 16
+MOST_LEVELS = 64  # of nesting
 NAMES = {
     int: "an integer",
     float: "a number",
@@ -138,7 +138,13 @@ class Asked:
         if self.kind is CHAT:
             return self.fields["messages"]
         prompt = self.fields["prompt"]
-        return [{"role": "user", "content": prompt if isinstance(prompt, str) else json.dumps(prompt)}]
+        # Token ids are nothing that privacy rules can read.
+        return [
+            {
+                "role": "user",
+                "content": prompt if isinstance(prompt, str) else [{"type": "tokens", "ids": prompt}],
+            }
+        ]
 
 
 # edgeft's own fields, in an object "edgeft" of the body (openai-python: extra_body={"edgeft": {...}}); they go nowhere else.
@@ -162,7 +168,22 @@ def loads(body: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise Refusal(400, "The body must be a JSON object.")
+    if deeper(value, MOST_LEVELS):
+        raise Refusal(400, f"The body is nested over {MOST_LEVELS} levels.")
     return {name: entry for name, entry in value.items() if entry is not None}
+
+
+def deeper(value: Any, levels: int) -> bool:
+    """True where a JSON value is nested over so many levels."""
+    if isinstance(value, dict):
+        return levels == 0 or any(
+            deeper(entry, levels - 1) for entry in value.values() if isinstance(entry, (dict, list))
+        )
+    if isinstance(value, list):
+        return levels == 0 or any(
+            deeper(entry, levels - 1) for entry in value if isinstance(entry, (dict, list))
+        )
+    return False
 
 
 def parse(body: bytes, kind: Kind = CHAT) -> Asked:
@@ -192,10 +213,7 @@ def checked(value: dict[str, Any], kind: Kind) -> Asked:
         raise Refusal(400, "'stream' must be a boolean.", param="stream")
     if not isinstance(shown, dict):
         raise Refusal(400, "'stream_options' must be an object.", param="stream_options")
-    own = value.get("edgeft", {})
-    if not isinstance(own, dict):
-        raise Refusal(400, "'edgeft' must be an object.", param="edgeft")
-    return Asked(kind, model, fields, stream, shown.get("include_usage") is True, _options(own))
+    return Asked(kind, model, fields, stream, shown.get("include_usage") is True, options_of(value))
 
 
 def listed(value: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
@@ -210,6 +228,14 @@ def listed(value: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> d
                 span = f"at least {least:g}" if most >= 1 << 31 else f"between {least:g} and {most:g}"
                 raise Refusal(400, f"'{name}' must be {span}.", param=name)
     return fields
+
+
+def options_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """edgeft's own options of a body. Raises Refusal (400)."""
+    own = value.get("edgeft", {})
+    if not isinstance(own, dict):
+        raise Refusal(400, "'edgeft' must be an object.", param="edgeft")
+    return _options(own)
 
 
 def _options(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from edgeft.serve.admission import Admission
 from edgeft.serve.breaker import Breaker
 from edgeft.serve.config import Config
 from edgeft.serve.metrics import Metrics
-from edgeft.serve.prefixes import Slots
 from edgeft.serve.protocol import Asked
 from edgeft.serve.upstream import Upstream
 
@@ -49,7 +48,6 @@ class Proxy:
     def __post_init__(self) -> None:
         self.admissions: dict[str, Admission] = {}
         self.breakers: dict[str, Breaker] = {}
-        self.slots: dict[str, Slots] = {}
         self.flights: Flights[Any] = Flights()
         self.texts: OrderedDict[str, Any] = OrderedDict()  # text -> what was computed of it, in memory alone
         self.conversations: OrderedDict[bytes, str] = OrderedDict()  # hash of what was said -> who said it
@@ -77,17 +75,6 @@ class Proxy:
         found = self.breakers.get(candidate_id)
         if found is None:
             found = self.breakers[candidate_id] = Breaker()
-        return found
-
-    def prefix_slots(self, candidate_id: str) -> Slots:
-        """What lies in the slots of a local engine."""
-        upstream = self.upstreams[candidate_id]
-        found = self.slots.get(candidate_id)
-        if found is None:
-            found = self.slots[candidate_id] = Slots.of(upstream.slots)
-        if found.generation != (process := getattr(upstream, "generation", 0)):
-            found.forget()
-            found.generation = process
         return found
 
     def promised_s(self, candidate_id: str, asked: Asked) -> float | None:

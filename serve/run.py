@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import console
-from edgeft.errors import EdgeftError, UsageError, missing_extra
+from edgeft.errors import UsageError, missing_extra
 from edgeft.home import cache_dir
 from edgeft.serve.config import Config, secret
 
@@ -78,6 +78,8 @@ class Runner:
         self.signal = 0
         self.failure: Exception | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+        self.turn = asyncio.Lock()
+        self.loading: asyncio.Task[None] | None = None
 
     async def run(self, bound: socket.socket) -> int:
         """Serve on the socket; returns the exit code. Raises what loading a model raised."""
@@ -88,7 +90,7 @@ class Runner:
         host, port = bound.getsockname()[:2]
         scheme = "https" if self.running.config.listen.tls_certificate else "http"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        loading = self.begin(self.load(url))
+        self.loading = loading = self.begin(self.load(url))
         self.begin(self.running.look_after())
         await self.server.serve(sockets=[bound])
         if not loading.done():
@@ -132,17 +134,20 @@ class Runner:
             self.server.should_exit = True
 
     async def reload(self) -> None:
-        """Take a new configuration and policy; what is wrong leaves everything as it is."""
-        try:
-            await self.running.reload(self.reread() if self.reread else self.running.config)
-            self.running.proxy.reloads += 1
-            self.running.proxy.reload_error = None
-            console.note("reloaded")
-            log.info("reloaded")
-        except EdgeftError as error:
-            self.running.proxy.reload_error = error.message
-            console.note(f"not reloaded: {error.message}")
-            log.error("not reloaded: %s", error.message)
+        """Take a new configuration and policy; what is wrong leaves everything as it is. One at a time, after the first load."""
+        async with self.turn:
+            if self.loading:
+                await asyncio.wait({self.loading})
+            proxy = self.running.proxy
+            try:
+                await self.running.reload(self.reread() if self.reread else self.running.config)
+                proxy.reloads, proxy.reload_error = proxy.reloads + 1, None
+                console.note("reloaded")
+                log.info("reloaded")
+            except Exception as error:
+                proxy.reload_error = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+                console.note(f"not reloaded: {proxy.reload_error}")
+                log.error("not reloaded: %s", proxy.reload_error)
 
 
 def refuse_public(config: Config) -> None:

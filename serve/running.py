@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edgeft.serve.upstream import HttpUpstream, Upstream
 from edgeft.serve.watch import Watch
 
 LOOK_EVERY_S = 5.0
+GONE_S = 600.0  # streams of an upstream that was taken out may run so long
 log = logging.getLogger("edgeft.serve")
 
 
@@ -28,6 +30,7 @@ class Running:
     def __init__(self, config: Config) -> None:
         """Check policy and artefacts. Raises UsageError."""
         self.config = config
+        self.listen = config.listen  # as it is bound: a reload does not change it
         self.policy, self.candidates = checked(config)
         self.pool: Any = None
         self.proxy: Any = None
@@ -67,10 +70,11 @@ class Running:
             self.proxy.upstreams[candidate["id"]] = upstream
         return list(self.proxy.upstreams)
 
-    def preloaded(self, candidate_id: str) -> bool:
+    def preloaded(self, candidate_id: str, config: Config | None = None) -> bool:
         """Whether a model is loaded when the proxy starts."""
-        own = self.config.model(candidate_id).preload
-        return self.config.engines.preload if own is None else own
+        config = config or self.config
+        own = config.model(candidate_id).preload
+        return config.engines.preload if own is None else own
 
     def upstream(self, candidate: dict[str, Any]) -> Upstream:
         """What answers for a candidate."""
@@ -85,53 +89,63 @@ class Running:
 
         Listening, keys' database, cache and log stay as they were opened; models that did not change keep their process.
         """
+        from edgeft.serve.run import open_keys, refuse_public
+
+        refuse_public(replace(config, listen=self.listen))
         policy, candidates = await asyncio.to_thread(checked, config)
+        keys = self.proxy.keys
+        if config.keys.required and keys is None:
+            keys = open_keys(config)
         specs = {c["id"]: spec_of(c, config) for c in candidates if c["kind"] != "api"}
-        fresh: dict[str, Upstream] = {}
         before = self.proxy.upstreams
-        known = {c["id"]: c["artifact_sha256"] for c in self.candidates}
-        kept = {
-            c["id"]
-            for c in candidates
-            if c["id"] in before
-            and known.get(c["id"]) == c["artifact_sha256"]
-            and (
-                self.pool.spec(c["id"]) == specs[c["id"]]
-                if c["id"] in specs
-                else self.config.model(c["id"]) == config.model(c["id"])
-            )
+        kept = self.unchanged(config, candidates, specs)
+        fresh: dict[str, Upstream] = {
+            c["id"]: remote(c, config) for c in candidates if c["kind"] == "api" and c["id"] not in kept
         }
-        for candidate in candidates:
-            if candidate["kind"] == "api" and candidate["id"] not in kept:
-                fresh[candidate["id"]] = remote(candidate, config)
-        self.config = config
+        entries = []
         for name, spec in specs.items():
             if name not in kept:
-                self.pool.put(spec)
+                entries.append(await self.pool.prepared(spec, self.preloaded(name, config)))
                 fresh[name] = LocalUpstream(self.pool, spec, config.engines.load_wait_s)
-                if self.preloaded(name):
-                    await self.pool.preload([name])
-        gone = {name: u for name, u in before.items() if name not in kept}
-        self.policy, self.candidates = policy, candidates
-        self.proxy.upstreams = {
-            c["id"]: before[c["id"]] if c["id"] in kept else fresh[c["id"]] for c in candidates
-        }
-        self.proxy.policy, self.proxy.config, self.proxy.watch = (
-            policy,
-            config,
-            watch_of(policy, config.policy),
-        )
-        if self.proxy.log and self.proxy.log.lines:
-            self.proxy.log.lines.reopen()
-        for name in gone:
-            self.proxy.admissions.pop(name, None)
-            self.proxy.breakers.pop(name, None)
-            self.proxy.slots.pop(name, None)
+        # From here on nothing fails, and nothing waits.
+        for entry in entries:
+            self.pool.put(entry)
         for name in set(self.pool.entries) - set(specs):
             self.pool.drop(name)
+        gone = {name: u for name, u in before.items() if name not in kept}
+        self.config, self.policy, self.candidates = config, policy, candidates
+        proxy = self.proxy
+        proxy.upstreams = {
+            c["id"]: before[c["id"]] if c["id"] in kept else fresh[c["id"]] for c in candidates
+        }
+        proxy.policy, proxy.config, proxy.keys = policy, config, keys
+        proxy.watch = watch_of(policy, config.policy)
+        if proxy.log and proxy.log.lines:
+            proxy.log.lines.reopen()
+        for name in gone:
+            proxy.admissions.pop(name, None)
+            proxy.breakers.pop(name, None)
+        for admission in proxy.admissions.values():
+            admission.waiting = config.limits.waiting
         asyncio.get_running_loop().call_later(
-            60, lambda: [asyncio.ensure_future(u.aclose()) for u in gone.values()]
+            GONE_S, lambda: [asyncio.ensure_future(u.aclose()) for u in gone.values()]
         )
+
+    def unchanged(self, config: Config, candidates: list[dict[str, Any]], specs: dict[str, Any]) -> set[str]:
+        """The candidates whose process or connections stay: the same artefact, run or reached the same way."""
+        known = {c["id"]: c["artifact_sha256"] for c in self.candidates}
+        found = set()
+        for candidate in candidates:
+            name = candidate["id"]
+            if name not in self.proxy.upstreams or known.get(name) != candidate["artifact_sha256"]:
+                continue
+            if name in specs:
+                same = self.pool.spec(name) == specs[name]
+            else:  # the file of a key may hold another one
+                same = self.config.model(name) == config.model(name) and config.model(name).key_file is None
+            if same:
+                found.add(name)
+        return found
 
     async def look_after(self) -> None:
         """Ask those that failed whether they are back."""

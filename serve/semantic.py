@@ -15,6 +15,7 @@ from pathlib import Path
 from edgeft.router.cache.semantic import Audit, SemanticCache, partition_of
 from edgeft.router.drafts import agree
 from edgeft.serve.answer import Answer
+from edgeft.serve.cache import adapter_key
 from edgeft.serve.choose import Plan
 from edgeft.serve.protocol import CHAT, Asked
 
@@ -39,7 +40,7 @@ class Semantic:
             plan.order[0],
             tenant=plan.tenant,
             artifact_sha256=candidate.get("artifact_sha256"),
-            adapter_sha256=plan.adapter,
+            adapter_sha256=adapter_key(plan, plan.order[0]),
         )
 
     async def find(self, place: tuple[str, str]) -> str | None:

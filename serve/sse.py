@@ -55,5 +55,5 @@ async def _drain(parts: AsyncIterator[bytes]) -> None:
         async with asyncio.timeout(DRAIN_S):
             async for _ in parts:
                 pass
-    except TimeoutError:
+    except OSError:  # TimeoutError is one: all was said
         pass

@@ -28,7 +28,7 @@ class Exchange(asyncio.Protocol):
         self.loop = loop
         self.lost: Exception | None = None
         self.waiter: asyncio.Future[None] | None = None
-        self.used, self.idle_since = 0, 0.0
+        self.idle_since = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -57,6 +57,11 @@ class Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.any = True
+        if self.whole:  # more than was asked for: whose it is can't be known
+            self.keep = False
+            self.lost = self.lost or ConnectionError("bytes after the answer")
+            self.transport.abort()
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -182,7 +187,13 @@ class Wire:
         try:
             yield Answer(exchange, silence_s)
         finally:
-            if exchange.whole and exchange.lost is None and exchange.keep and len(self.idle) < KEPT:
+            if (
+                exchange.whole
+                and exchange.lost is None
+                and exchange.keep
+                and not exchange.paused
+                and len(self.idle) < KEPT
+            ):
                 exchange.idle_since = exchange.loop.time()
                 self.idle.append(exchange)
             else:
@@ -190,27 +201,27 @@ class Wire:
 
     async def _begin(self, data: bytes, silence_s: float) -> Exchange:
         """The exchange whose answer has begun. A kept connection that the server has hung up on meanwhile is replaced once."""
-        while True:
-            exchange = self._kept()
-            fresh = exchange is None
-            if exchange is None:
-                exchange = await self._connect()
-            exchange.used += 1
-            exchange.transport.write(data)
+        exchange = self._kept()
+        if exchange is not None:
             try:
-                while not exchange.status:
-                    await exchange.news(silence_s)
-                return exchange
+                return await self._sent(exchange, data, silence_s)
             except TimeoutError:
-                exchange.transport.abort()
                 raise
             except OSError:
-                exchange.transport.abort()
-                if fresh or exchange.any:
+                if exchange.any:
                     raise
-            except BaseException:
-                exchange.transport.abort()
-                raise
+        return await self._sent(await self._connect(), data, silence_s)
+
+    async def _sent(self, exchange: Exchange, data: bytes, silence_s: float) -> Exchange:
+        """The exchange, once its answer has begun."""
+        exchange.transport.write(data)
+        try:
+            while not exchange.status:
+                await exchange.news(silence_s)
+        except BaseException:
+            exchange.transport.abort()
+            raise
+        return exchange
 
     def _kept(self) -> Exchange | None:
         while self.idle:

@@ -26,7 +26,7 @@ def test_several_answers_of_an_engine_that_gives_one(stage):
     response = stage.chat("one two", n=3, seed=5).json()
     assert [c["index"] for c in response["choices"]] == [0, 1, 2] and stage.engines["weak"].calls == 3
     assert {c["message"]["content"] for c in response["choices"]} == {"weak: one two"}
-    assert response["usage"] == {"prompt_tokens": 2, "completion_tokens": 9, "total_tokens": 11}
+    assert response["usage"] == {"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15}
     streamed = events(stage.chat("one", n=2, stream=True, stream_options={"include_usage": True}))
     told = {c["choices"][0]["index"] for c in streamed if c["choices"]}
     assert told == {0, 1} and streamed[-1]["usage"]["completion_tokens"] == 4
@@ -222,6 +222,20 @@ def test_a_model_by_its_name_and_the_openapi_page(stage):
             assert stage.client.request(method, path).status_code not in (404, 405), f"{path} is not there"
 
 
+def test_odd_names_and_deep_bodies_are_refused_and_no_fault(stage):
+    body = {"model": "auto", "messages": [{"role": "user", "content": "x"}]}
+    assert (
+        stage.client.post("/v1/chat/completions", json=body, headers={"Origin": "http://["}).status_code
+        == 403
+    )
+    assert stage.client.get("/metrics", headers={"Host": "["}).status_code == 403
+    deep: Any = {}
+    for _ in range(300):
+        deep = {"a": deep}
+    refused = stage.client.post("/v1/chat/completions", json={**body, "tools": [deep]})
+    assert refused.status_code == 400 and "nested" in refused.json()["error"]["message"]
+
+
 def test_a_web_page_from_elsewhere_is_refused(stage):
     body = {"model": "auto", "messages": [{"role": "user", "content": SECRET}]}
     refused = stage.client.post("/v1/chat/completions", json=body, headers={"Origin": "https://evil.example"})
@@ -234,6 +248,49 @@ def test_a_web_page_from_elsewhere_is_refused(stage):
     own = {"Origin": str(stage.client.base_url).rstrip("/")}
     assert stage.client.post("/v1/chat/completions", json=body, headers=own).status_code == 200
     assert "access-control-allow-origin" not in stage.client.get("/v1/models", headers=own).headers
+
+
+def test_what_can_not_be_read_or_is_said_to_be_private_stays_here():
+    seen: list[str] = []
+
+    def script(path: str, body: dict[str, Any]) -> Any:
+        seen.append(path)
+        data = [{"object": "embedding", "index": 0, "embedding": [1.0]}]
+        return (
+            200,
+            JSON,
+            json.dumps(
+                {
+                    "object": "list",
+                    "data": data,
+                    "choices": [
+                        {"index": 0, "text": "x", "message": {"content": "x"}, "finish_reason": "stop"}
+                    ],
+                }
+            ).encode(),
+        )
+
+    with scripted(script) as url:
+        policy = policy_of(privacy={"patterns": ["email"], "tags": ["hr"]})
+        for candidate in policy.policy.candidates:
+            candidate["remote"] = True
+        upstreams = {name: HttpUpstream(url, name, None) for name in ("weak", "strong")}
+        with running(create_app(policy, upstreams, config=config_of())) as client:
+            ids = [4711, 88]
+            for path, body in (
+                ("/v1/completions", {"model": "weak", "prompt": ids}),
+                ("/v1/completions", {"model": "auto", "prompt": ids}),
+                ("/v1/embeddings", {"model": "weak", "input": ids}),
+                ("/v1/embeddings", {"model": "strong", "input": "x", "edgeft": {"private": True}}),
+                ("/v1/embeddings", {"model": "strong", "input": "x", "edgeft": {"tags": ["hr"]}}),
+                ("/generate", {"prompt": "x", "edgeft": {"private": True}}),
+            ):
+                refused = client.post(path, json=body)
+                assert refused.status_code in (400, 403), (path, body, refused.text)
+            assert seen == []
+            assert (
+                client.post("/v1/completions", json={"model": "weak", "prompt": "hello"}).status_code == 200
+            )
 
 
 def test_own_options_are_checked_and_go_nowhere(stage):

@@ -247,19 +247,21 @@ def test_slots_are_shared_by_prefix_within_a_tenant_and_never_across():
     )
     first, mine = slots.take("a", None, one)
     assert not mine, "nothing of a's lies there yet"
-    slots.give(first)
+    slots.give(first, True)
     again, mine = slots.take("a", None, two)
     assert again == first and mine, "the system prompt is there"
     other, mine = slots.take("b", None, two)
     assert other != first and not mine
-    slots.give(first)
-    slots.give(other)
+    slots.give(first, True)
+    slots.give(other, True)
     taken, mine = slots.take("b", "adapter", two)
     assert not mine, "another adapter makes other keys and values"
-    slots.give(taken)
+    slots.give(taken, True)
     last, mine = slots.take("c", None, two)
     assert not mine
-    slots.give(last)
+    slots.give(last, True)
+    assert slots.take("c", None, two)[1] is True
+    slots.give(last, False)
+    assert slots.take("c", None, two)[1] is False, "the engine may never have touched it"
     slots.forget()
-    assert slots.take("c", None, two)[1] is False
     assert json.dumps([len(c) for c in (one, two)]) == "[3, 3]"

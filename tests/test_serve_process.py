@@ -203,3 +203,18 @@ def test_tls_by_certificate_files(tmp_path):
         assert url.startswith("https://")
         trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
         assert httpx.post(f"{url}/v1/chat/completions", json=BODY, verify=trusted).status_code == 200
+
+
+def test_a_reload_can_not_take_the_keys_away_from_an_open_address_and_can_ask_for_them(tmp_path):
+    with served(tmp_path, file="listen: {host: 0.0.0.0}\nkeys: {required: true}\n") as (process, url):
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        (tmp_path / "edgeft.yaml").write_text("policy: policy\n")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: "open the proxy" in (httpx.get(f"{url}/health/ready").json()["reloads"]["error"] or ""))
+        assert httpx.post(f"{url}/v1/chat/completions", json=BODY).status_code == 401
+    (tmp_path / "second").mkdir()
+    with served(tmp_path / "second", file="limits: {waiting: 8}\n") as (process, url):
+        assert httpx.post(f"{url}/v1/chat/completions", json=BODY).status_code == 200
+        (tmp_path / "second" / "edgeft.yaml").write_text("policy: policy\nkeys: {required: true}\n")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: httpx.post(f"{url}/v1/chat/completions", json=BODY).status_code == 401)

@@ -7,6 +7,7 @@ a sample of hits is asked again, and when the audit shows the budget overspent t
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from edgeft.router.cache.exact import key_of
 from edgeft.router.cache.guards import differs
 from edgeft.router.certificate import upper_bound
 
-MOST_ENTRIES = 10_000  # of a partition
+MOST_ENTRIES = 10_000  # of all partitions together
 
 
 @dataclass(frozen=True)
@@ -109,33 +110,45 @@ def partition_of(request: Mapping[str, Any], model: str, **hashes: Any) -> tuple
 
 @dataclass
 class SemanticCache:
-    """Keys of the exact cache by meaning. Holds the texts of questions in memory alone, never on disk."""
+    """Keys of the exact cache by meaning. Holds the texts of questions in memory alone, never on disk. Safe to use from several threads."""
 
     encoder: Any  # text -> float32 [E] of length 1
     threshold: float
     audit: Audit
     partitions: dict[str, OrderedDict[str, tuple[str, np.ndarray]]] = field(default_factory=dict)
+    age: OrderedDict[tuple[str, str], None] = field(
+        default_factory=OrderedDict
+    )  # (partition, key), oldest first
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def find(self, partition: str, text: str) -> tuple[str, float] | None:
         """(key of the exact cache, cosine) of the most similar question that passes every guard, or None."""
-        entries = self.partitions.get(partition)
+        with self.lock:
+            entries = list(self.partitions.get(partition, {}).items())
         if self.audit.off or not entries:
             return None
-        keys = list(entries)
-        likeness = np.array([entries[key][1] for key in keys]) @ self.encoder(text)
+        likeness = np.array([vector for _, (_, vector) in entries]) @ self.encoder(text)
         for place in np.argsort(-likeness):
+            key, (question, _) = entries[place]
             if likeness[place] < self.threshold:
                 return None
-            if differs(entries[keys[place]][0], text) is None:
-                return keys[place], float(likeness[place])
+            if differs(question, text) is None:
+                return key, float(likeness[place])
         return None
 
     def add(self, partition: str, text: str, key: str) -> None:
-        """Remember a question whose answer stands in the exact cache under `key`; the oldest goes where there are too many."""
-        entries = self.partitions.setdefault(partition, OrderedDict())
-        entries[key] = (text, self.encoder(text))
-        while len(entries) > MOST_ENTRIES:
-            entries.popitem(last=False)
+        """Remember a question whose answer stands in the exact cache under `key`; the oldest of all goes where there are too many."""
+        vector = self.encoder(text)
+        with self.lock:
+            self.partitions.setdefault(partition, OrderedDict())[key] = (text, vector)
+            self.age[(partition, key)] = None
+            self.age.move_to_end((partition, key))
+            while len(self.age) > MOST_ENTRIES:
+                (old, oldest), _ = self.age.popitem(last=False)
+                entries = self.partitions[old]
+                entries.pop(oldest, None)
+                if not entries:
+                    del self.partitions[old]
 
 
 def bound_of(wrong: int, hits: int, delta: float = 0.05) -> float:
