@@ -129,6 +129,12 @@ def test_route_serve_and_bill(line):
         url = json.loads(proxy.stdout.readline())["url"]
         row = json.loads((DESK / "report.jsonl").read_text().splitlines()[0])
         body = {"model": "auto", "messages": row["messages"][:-1], "temperature": 0, "max_tokens": 16}
+        cut, over = (httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(2))
+        said = cut.json()["choices"][0]
+        assert said["finish_reason"] == "length" and over.headers["x-edgeft-cache"] == "miss", (
+            "a cut answer is not kept"
+        )
+        body["stop"] = said["message"]["content"].strip()[-3:]  # it ends by itself now
         first, again = (httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60) for _ in range(2))
         assert first.status_code == 200 and first.headers["x-edgeft-cache"] == "miss"
         assert again.headers["x-edgeft-cache"] == "hit"
