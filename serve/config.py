@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Cache:
-    """Exact answers kept. `folder` or `redis`, or neither: then nothing is kept."""
+    """Answers kept, on disk or in Redis; nothing is kept where not `enabled`."""
 
     enabled: bool = True
     folder: Path | None = None  # None: the user's cache folder

@@ -6,8 +6,6 @@ Plain asyncio, no HTTP. A process that dies is noticed by its pidfd; nothing pol
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +15,7 @@ from typing import Any
 
 from edgeft.engines.local import LocalModel
 from edgeft.engines.memory import estimated_bytes
+from edgeft.serve.exits import on_exit
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S, HEALTHY_S = 0.5, 60.0, 60.0
 BATCH_S = 0.25  # the contract about clients that leave: docs/engines.md
@@ -374,36 +373,3 @@ class Pool:
 def backoff_s(failures: int) -> float:
     """The pause after so many failures in a row: 0.5 s, doubled each time, at most 60 s."""
     return float(min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 30)))
-
-
-def on_exit(loop: asyncio.AbstractEventLoop, process: Any, then: Callable[[], None]) -> Callable[[], None]:
-    """Call `then` in the loop when a process ends; returns what stops watching. Linux tells it by a pidfd, elsewhere a thread waits."""
-    if hasattr(os, "pidfd_open"):
-        try:
-            descriptor = os.pidfd_open(process.pid)
-        except OSError:  # gone already, or a kernel without it
-            descriptor = -1
-        if descriptor >= 0:
-            watching = [True]
-
-            def stop() -> None:
-                if watching.pop() if watching else False:
-                    loop.remove_reader(descriptor)
-                    os.close(descriptor)
-
-            def ended() -> None:
-                stop()
-                then()
-
-            loop.add_reader(descriptor, ended)
-            return stop
-    active = threading.Event()
-    active.set()
-
-    def wait() -> None:
-        process.wait()
-        if active.is_set() and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: then() if active.is_set() else None)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return active.clear

@@ -21,7 +21,6 @@ from edgeft.serve.config import Config, secret
 
 PACKAGES = ("starlette", "uvicorn", "orjson", "prometheus_client", "safetensors", "httptools")
 BACKLOG = 2048
-HEALTH_EVERY_S = 5.0
 log = logging.getLogger("edgeft.serve")
 
 

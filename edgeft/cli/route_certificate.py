@@ -14,19 +14,23 @@ FOLDER = click.Path(path_type=Path)
 REPORTS = click.argument("reports", nargs=-1, required=True, type=FOLDER, metavar="REPORT...")
 
 
-@click.command("calibrate")
-@click.argument("policy", type=FOLDER)
-@REPORTS
-@click.option(
+ALPHA = click.option(
     "--alpha",
     type=float,
     default=0.05,
     show_default=True,
     help="Share of requests that may lose by being kept.",
 )
-@click.option(
+DELTA = click.option(
     "--delta", type=float, default=0.1, show_default=True, help="Chance that the promise is broken."
 )
+
+
+@click.command("calibrate")
+@click.argument("policy", type=FOLDER)
+@REPORTS
+@ALPHA
+@DELTA
 @click.option(
     "--temperature",
     type=click.FloatRange(0),
@@ -166,16 +170,8 @@ def judge_command(folder: Path, model: str) -> None:
 @recertify.command("issue")
 @click.argument("policy", type=FOLDER)
 @click.argument("folder", type=FOLDER)
-@click.option(
-    "--alpha",
-    type=float,
-    default=0.05,
-    show_default=True,
-    help="Share of requests that may lose by being kept.",
-)
-@click.option(
-    "--delta", type=float, default=0.1, show_default=True, help="Chance that the promise is broken."
-)
+@ALPHA
+@DELTA
 @click.option(
     "--artifact",
     "artifacts",
