@@ -43,13 +43,12 @@ def shape_of(target: Target) -> Shape | None:
 
 
 def _of_gguf(folder: Path) -> Shape:
-    from gguf import GGUFReader
-
     from edgeft.engines.gguf import gguf_file, model_and_adapter
+    from edgeft.gguf_file import Tensors
 
     file, _ = model_and_adapter(folder)
     parts = sorted(folder.glob("*.gguf")) if folder.is_dir() and "-of-" in gguf_file(folder).name else [file]
-    readers = [GGUFReader(str(part)) for part in parts]
+    readers = [Tensors(part) for part in parts]
     known = {name: field.contents() for name, field in readers[0].fields.items() if "tokenizer" not in name}
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     if any("_exps" in tensor.name for tensor in tensors):

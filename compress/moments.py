@@ -67,9 +67,11 @@ def linear_layers(model: Any, gguf: str) -> tuple[dict[str, Any], list[str]]:
     A tied head is the tensor `token_embd`.
     """
     import torch
-    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    architecture = GGUFReader(gguf).fields["general.architecture"].contents()
+    from edgeft.gguf_file import Tensors
+
+    architecture = Tensors(gguf).fields["general.architecture"].contents()
     arch = {name: key for key, name in MODEL_ARCH_NAMES.items()}[architecture]
     known = get_tensor_name_map(arch, model.config.num_hidden_layers)
     head, tied = model.get_output_embeddings(), bool(getattr(model.config, "tie_word_embeddings", False))

@@ -24,14 +24,14 @@ def recode(target: str, source: str, moments: str, threads: int) -> dict[str, An
     expected squared output errors, after over before).
     """
     import torch
-    from gguf import GGUFReader
 
     from edgeft.compress import blocks
     from edgeft.compress.moments import Moments
+    from edgeft.gguf_file import Tensors
 
     torch.set_num_threads(threads)
-    weights = {t.name: t for t in GGUFReader(source).tensors}
-    reader = GGUFReader(target, "r+")
+    weights = {t.name: t for t in Tensors(source).tensors}
+    reader = Tensors(target, "r+")
     second = Moments(Path(moments))
     tied = "output.weight" not in weights
     parameters = changed = tensors = 0

@@ -88,9 +88,11 @@ def parameters_of(model: Any, source: str) -> dict[str, tuple[Any, Any, Any]]:
     """GGUF tensor -> (the model's parameter, the row of GGUF that stands in each of its rows, the weight [rows, columns])."""
     import numpy as np
     import torch
-    from gguf import MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
+    from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
 
-    reader = GGUFReader(source)
+    from edgeft.gguf_file import Tensors
+
+    reader = Tensors(source)
     architecture = reader.fields["general.architecture"].contents()
     arch = {name: key for key, name in MODEL_ARCH_NAMES.items()}[architecture]
     names = get_tensor_name_map(arch, model.config.num_hidden_layers)

@@ -31,9 +31,9 @@ def file_bytes(source: Mapping[str, Any], types: Mapping[str, str]) -> int:
 
 def read_source(source: str) -> dict[str, Any]:
     """Of an unquantized GGUF file: header_bytes, shapes and types (tensor name -> shape, columns first; its type)."""
-    from gguf import GGUFReader
+    from edgeft.gguf_file import Tensors
 
-    reader = GGUFReader(source)
+    reader = Tensors(source)
     return {
         "header_bytes": int(reader.data_offset),
         "shapes": {t.name: [int(n) for n in t.shape] for t in reader.tensors},

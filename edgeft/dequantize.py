@@ -18,11 +18,12 @@ DIGITS_APART = ("smollm",)
 def dequantize(gguf: str, out: str) -> dict[str, Any]:
     """Write the model in the file `gguf` into the folder `out`; returns its tensor types and the dtype stored."""
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from edgeft.gguf_file import Tensors
+
     source = Path(gguf)
-    reader = GGUFReader(source)
+    reader = Tensors(source)
     kinds = Counter(t.tensor_type.name.lower() for t in reader.tensors)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     config = loaded.config

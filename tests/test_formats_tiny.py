@@ -170,13 +170,13 @@ def test_quantized_logits_are_those_of_the_files_own_weights(made, variant, tmp_
 
 def test_one_corrupted_tensor_is_noticed(made, tmp_path):
     """The comparison above fails when a single tensor of the file is damaged."""
-    from gguf import GGUFReader
+    from edgeft.gguf_file import Tensors
 
     _, out = made
     folder = tmp_path / "damaged"
     shutil.copytree(out / "gguf-f32", folder)
     file = next(folder.glob("*.gguf"))
-    reader = GGUFReader(file, "r+")
+    reader = Tensors(file, "r+")
     tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_down.weight")
     tensor.data[...] = tensor.data[..., ::-1].copy()
     reader.data.flush()
@@ -250,10 +250,11 @@ def test_a_merge_that_is_not_base_plus_adapter_is_rejected(tiny_models, tiny_ada
 
 def test_an_importance_matrix_serves_the_rows_it_was_made_of(made, tiny_models, tiny_adapters, tmp_path):
     """Weighed by it, the quantized weights are nearer the source's than without."""
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
 
     from edgeft.compress.imatrix import read
     from edgeft.errors import UsageError
+    from edgeft.gguf_file import Tensors
 
     kind, out = made
     if kind != "llama":
@@ -275,7 +276,7 @@ def test_an_importance_matrix_serves_the_rows_it_was_made_of(made, tiny_models, 
     assert again[2].seen_rows["calibrate"] and "calibrate" not in again[1].seen_rows
 
     def weights(folder: Path) -> dict[str, np.ndarray]:
-        tensors = GGUFReader(next(folder.glob("*.gguf"))).tensors
+        tensors = Tensors(next(folder.glob("*.gguf"))).tensors
         return {
             t.name: dequantize(t.data, t.tensor_type)
             for t in tensors

@@ -114,11 +114,11 @@ def test_a_changed_chat_template_fails(dist, held, tmp_path):
 
 
 def test_a_corrupted_tensor_fails_on_kld(dist, held, tmp_path):
-    from gguf import GGUFReader
+    from edgeft.gguf_file import Tensors
 
     folder = tmp_path / "damaged"
     shutil.copytree(dist / "gguf-q8_0", folder)
-    reader = GGUFReader(next(folder.glob("*.gguf")), "r+")
+    reader = Tensors(next(folder.glob("*.gguf")), "r+")
     tensor = next(t for t in reader.tensors if t.name == "token_embd.weight")
     tensor.data[...] = tensor.data[::-1].copy()
     reader.data.flush()

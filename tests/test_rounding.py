@@ -17,6 +17,25 @@ from tests.conftest import DESK
 torch = pytest.importorskip("torch", reason="needs the extra: compress")
 gguf = pytest.importorskip("gguf", reason="needs the extra: compress")
 pytest.importorskip("llama_cpp", reason="needs the extra: compress")
+Tensors = pytest.importorskip("edgeft.gguf_file").Tensors
+
+
+def test_a_file_opened_for_its_tensors_is_what_gguf_py_reads(smollm2, rounded):
+    out, artefacts = rounded
+    file = next((out / artefacts[1].id).glob("*.gguf"))
+    whole, quick = gguf.GGUFReader(file), Tensors(file)
+    assert list(quick.fields) == list(whole.fields) and quick.data_offset == whole.data_offset
+    for ours, theirs in zip(quick.tensors, whole.tensors, strict=True):
+        assert (ours.name, ours.tensor_type, ours.data_offset) == (
+            theirs.name,
+            theirs.tensor_type,
+            theirs.data_offset,
+        )
+        np.testing.assert_array_equal(ours.data, theirs.data)
+    empty = {
+        name for name, field in whole.fields.items() if field.contents() != quick.fields[name].contents()
+    }
+    assert empty == {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")}
 
 
 @pytest.mark.parametrize("kind", blocks.LAYOUTS)
@@ -93,7 +112,7 @@ def rounded(tiny_models, tiny_adapters, tmp_path_factory):
 
 def weights(folder):
     file = next(folder.glob("*.gguf"))
-    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
+    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in Tensors(file).tensors}
 
 
 def test_feedback_keeps_types_and_size_and_loses_less(rounded):
@@ -103,7 +122,7 @@ def test_feedback_keeps_types_and_size_and_loses_less(rounded):
     assert (nearest.size_bytes, nearest.tensor_types) == (feedback.size_bytes, feedback.tensor_types)
     assert (nearest.recipe["rounding"], feedback.recipe["rounding"]) == ("nearest", "feedback")
     second = Moments(out / ".work" / "moments")
-    reader = gguf.GGUFReader(next((out / ".work").glob("source-*.gguf")))
+    reader = Tensors(next((out / ".work").glob("source-*.gguf")))
     source = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     one, other = weights(out / nearest.id), weights(out / feedback.id)
     better = 0
@@ -179,7 +198,7 @@ def test_passes_of_few_layers_give_the_same(rounded, monkeypatch, tmp_path):
 def test_single_tensors_get_their_types(rounded):
     out, (*_, mixed) = rounded
     file = next((out / mixed.id).glob("*.gguf"))
-    kinds = {t.name: t.tensor_type.name.lower() for t in gguf.GGUFReader(file).tensors}
+    kinds = {t.name: t.tensor_type.name.lower() for t in Tensors(file).tensors}
     assert {k for n, k in kinds.items() if "ffn_down" in n} == {"q8_0"}
     assert {k for n, k in kinds.items() if "attn_v" in n} == {"iq4_xs"}
     assert {k for n, k in kinds.items() if "ffn_up" in n} == {"q4_k"}
@@ -195,8 +214,7 @@ def test_sizes_are_exact_before_anything_is_made(rounded, tmp_path):
                      variants=["q4_k_m"])  # fmt: skip
     assert sizes.file_bytes(dry["source"], dry["types"]["q4_k_m"]) == nearest.size_bytes
     types = {
-        t.name: t.tensor_type.name.lower()
-        for t in gguf.GGUFReader(next((out / mixed.id).glob("*.gguf"))).tensors
+        t.name: t.tensor_type.name.lower() for t in Tensors(next((out / mixed.id).glob("*.gguf"))).tensors
     }
     assert sizes.file_bytes(dry["source"], types) == mixed.size_bytes
 

@@ -276,9 +276,9 @@ def ftype_name(variant: str) -> str:
 
 def inspect(job: Any) -> dict[str, Any]:
     """Tensors and parameters by type, read from the file; the share of parameters too narrow for the asked type."""
-    from gguf import GGUFReader
+    from edgeft.gguf_file import Tensors
 
-    tensors = [tensor for file in sorted(job.out.glob("*.gguf")) for tensor in GGUFReader(file).tensors]
+    tensors = [tensor for file in sorted(job.out.glob("*.gguf")) for tensor in Tensors(file).tensors]
     wide = any(mark in job.variant for mark in BLOCK_OF_256)
     types: dict[str, dict[str, int]] = {}
     total_bytes = parameters = narrow = 0

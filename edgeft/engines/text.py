@@ -88,11 +88,10 @@ def prefix_token(folder: Path, engine: str) -> int:
 
 def _gguf_prefix(folder: Path) -> int:
     """The same out of a GGUF file's header."""
-    from gguf import GGUFReader
-
     from edgeft.engines.gguf import model_and_adapter
+    from edgeft.gguf_file import Tensors
 
-    fields = GGUFReader(model_and_adapter(folder)[0]).fields
+    fields = Tensors(model_and_adapter(folder)[0]).fields
     for name in ("bos", "eos"):
         if field := fields.get(f"tokenizer.ggml.{name}_token_id"):
             return int(field.contents())
