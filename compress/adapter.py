@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.errors import UsageError
+from edgeft.files import read_json
 from edgeft.pull import safetensors_header
 
 PREFIX = "base_model.model."
@@ -117,7 +118,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} is no adapter: it needs adapter_config.json and adapter_model.safetensors.",
             f"ls {folder}",
         )
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise UsageError(
+            f"{folder / 'adapter_config.json'} holds no map of words.", f"less {folder}/adapter_config.json"
+        )
     if config.get("peft_type") != "LORA":
         raise UsageError(
             f"{folder} is a {config.get('peft_type')} adapter; only LORA is merged.", "train a LoRA"
@@ -125,6 +130,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for key, name in NOT_MERGED.items():
         if config.get(key):
             raise UsageError(f"{folder} uses {name} ({key}), which is not merged.", f"train without {key}")
+    for key, least in (("r", 1), ("lora_alpha", None)):
+        patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
+        values = [config.get(key), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+        for value in values:
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (least and (value < least or value != int(value))):
+                raise UsageError(
+                    f"{folder / 'adapter_config.json'}: {key} is {value!r}, and a {'whole number from 1 up' if least else 'number'} is wanted.",
+                    f"less {folder / 'adapter_config.json'}",
+                )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise UsageError(

@@ -11,6 +11,7 @@ What stands there already and was made from the same inputs by the same recipe i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from edgeft.compress import (
     proof,
     provenance,
     resume,
+    tokenizers,
 )
 from edgeft.compress.adapter import header_of
 from edgeft.compress.formats import Job, Spec
@@ -101,7 +103,9 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
 
     specs = [formats.parse(spec) for spec in dict.fromkeys(recipe.formats) if spec != "merged"]
     adapters = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter or [])
+    _refuse_names(recipe)
     planned = plan(base, adapters)
+    tokenizers.refuse(base, [folder for folder, _ in adapters], planned)
     if planned.tied and planned.tied != "kept":
         console.note(f"  the head was tied to the embedding and is now {planned.tied}")
     seen = seen_by_adapters(adapters)
@@ -128,6 +132,17 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
     return Prepared(
         base, adapters, recipe, specs, name, calibration, seen, made_from, forecast, chosen, limits, grid.grid_of(base)
     )  # fmt: skip
+
+
+def _refuse_names(recipe: Recipe) -> None:
+    """Refuse a model's name that can't be a file's, and a file in the place of the folder."""
+    if recipe.name is not None and not re.fullmatch(r"[^/\\\0.][^/\\\0]*", recipe.name):
+        raise UsageError(
+            f"--name {recipe.name!r} can't be a file's name.",
+            "--name support-desk (no slash, no dot in front)",
+        )
+    if recipe.out.exists() and not recipe.out.is_dir():
+        raise UsageError(f"{recipe.out} is a file, and a folder for the artefacts is wanted.", "--out dist/")
 
 
 def _refuse_rows(recipe: Recipe, calibration: Path | None, seen: dict[str, list[str]]) -> None:
@@ -289,8 +304,6 @@ def _prove(
     )
     cost = {key: found.pop(key) for key in child.COST}
     held = proof.judge(found, str(recipe.out / REJECTED / "merged"))
-    if held["status"] != "held":
-        console.note(f"  the proof {held['status']}")
     rows = spread(load_rows(recipe.calibration), proof.PROMPTS) if recipe.calibration else []
     return {"proof": {**held, "rows": [row_hash(row) for row in rows], "cost": cost}}
 

@@ -45,7 +45,7 @@ def load(own: Path | Mapping[Any, Any] | None = None) -> Limits:
             if name not in names:
                 raise unknown(f"{where}: {width}: the limit", str(name), names, f"less {DEFAULTS}")
             if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
             ):
                 raise UsageError(
                     f"{where}: {width}: {name} is {value!r}; a number from 0 up or null is wanted.",
@@ -63,8 +63,11 @@ def _read(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}.", f"less {DEFAULTS}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}", f"less {DEFAULTS}") from None
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}.", f"ls -ld {path}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        said = str(error).splitlines()[0]
+        raise UsageError(f"{path} is not valid YAML: {said}", f"less {DEFAULTS}") from None
 
 
 def bits_of(variant: str) -> int:

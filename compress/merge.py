@@ -25,9 +25,10 @@ from edgeft.pull import ORIGIN, check_model_folder, safetensors_header
 SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.safetensors.index.json", ".*", ORIGIN, "README.md",
 )  # fmt: skip
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "merges.txt", *TEMPLATE_FILES,
 )  # fmt: skip
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -201,10 +202,7 @@ def merge(base: str, adapters: list[list[Any]], out: str, merge_base: str = "16b
     if planned.config:
         write_json(target / "config.json", {**read_json(source / "config.json"), **planned.config})
     for folder, _ in adapters:
-        if Path(folder, "tokenizer_config.json").is_file():
-            for name in TOKENIZER_FILES:
-                if Path(folder, name).is_file():
-                    shutil.copy(Path(folder, name), target / name)
+        _take_tokenizer(Path(folder), target)
     return {
         "weights_changed": changed,
         "largest_change": largest,
@@ -213,6 +211,27 @@ def merge(base: str, adapters: list[list[Any]], out: str, merge_base: str = "16b
         "adapter_tensors_used": len(used),
         "tied_head": planned.tied,
     }
+
+
+def _take_tokenizer(adapter: Path, target: Path) -> None:
+    """Put the tokenizer files that an adapter brings in place of the base's.
+
+    A chat template stands in a file of its own or in tokenizer_config.json. transformers goes by the file where both
+    are there and llama.cpp's converter by the other: what the adapter did not bring is taken out.
+    """
+    brought = [name for name in TOKENIZER_FILES if (adapter / name).is_file()]
+    for name in brought:
+        shutil.copy(adapter / name, target / name)
+    config = target / "tokenizer_config.json"
+    held = read_json(config) if config.is_file() else {}
+    if set(brought) & set(TEMPLATE_FILES):
+        for name in set(TEMPLATE_FILES) - set(brought):
+            (target / name).unlink(missing_ok=True)
+        if held.pop("chat_template", None) is not None:
+            write_json(config, held)
+    elif config.name in brought and "chat_template" in held:
+        for name in TEMPLATE_FILES:
+            (target / name).unlink(missing_ok=True)
 
 
 def _index(source: Path, target: Path, files: dict[str, list[Output]]) -> None:

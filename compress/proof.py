@@ -116,11 +116,11 @@ def judge(found: dict[str, Any], merged: str) -> dict[str, Any]:
     """The proof as artifact.json has it. Raises GateError where the merged model is not base + adapter."""
     proof = {"status": "held", "max_share_of_effect": MAX_SHARE_OF_EFFECT, **found}
     if found["kld_base"] <= NO_EFFECT_KLD:
-        # An adapter that was never trained (B is zero) merges into the base itself.
-        return (
-            {**proof, "status": "held: the adapter changes nothing"}
-            if found["kld_merged"] <= NO_EFFECT_KLD
-            else _fail(proof, merged)
+        if found["kld_merged"] > NO_EFFECT_KLD:
+            return _fail(proof, merged)
+        raise GateError(
+            "the adapter changes nothing: what is merged computes what the base does.",
+            "was it trained? (B is zero before the first step); without --adapter the base itself is packed",
         )
     proof["share_of_effect"] = found["kld_merged"] / found["kld_base"]
     return proof if proof["share_of_effect"] <= MAX_SHARE_OF_EFFECT else _fail(proof, merged)

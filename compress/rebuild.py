@@ -56,6 +56,11 @@ def rebuild(
             f"{folder / MANIFEST} does not say what it was made with: it is of an older edgeft.",
             "edgeft compress … (makes it anew)",
         )
+    if out and (standing := next((p for p in (out / "merged", out / artifact.id) if p.exists()), None)):
+        raise UsageError(
+            f"{standing} stands there already, and a rebuild is made from nothing.",
+            "--out FOLDER (an empty or new one)",
+        )
     base_folder, sources, inputs = _inputs(
         artifact, folder, base, adapters, {"calibration": calibration, "eval": evaluation}
     )

@@ -6,6 +6,7 @@ what the words are and what they take is the command's own knowledge (`edgeft.cl
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -58,9 +59,8 @@ def find(word: str) -> Path:
     path = Path(word).expanduser()
     if path.suffix in (".yaml", ".yml") or "/" in word:
         if not path.is_file():
-            raise UsageError(
-                f"there is no file {path}.", f"ls {path.parent}; shipped: {', '.join(shipped())}"
-            )
+            seen = f"{word} is a folder" if path.is_dir() else f"there is no file {path}"
+            raise UsageError(f"{seen}.", f"ls {path.parent}; shipped: {', '.join(shipped())}")
         return path
     if word not in shipped():
         raise unknown("the recipe", word, shipped(), f"--recipe FILE.yaml, or one of {', '.join(shipped())}")
@@ -106,6 +106,9 @@ def _entry(path: Path, key: Any, value: Any) -> Entry:
     line = key.start_mark.line + 1
     if not isinstance(key, yaml.ScalarNode):
         raise UsageError(f"{path} line {line}: a word is wanted before the colon.", look(path, line))
+    if key.value == "gate" and isinstance(value, yaml.MappingNode):
+        text = json.dumps(yaml.safe_load(yaml.serialize(value)))
+        return Entry(key.value, line, (text,), (value.start_mark.line + 1,), False)
     is_list = isinstance(value, yaml.SequenceNode)
     nodes = value.value if is_list else [value]
     for node in nodes:

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgeft import child
 from edgeft.errors import UsageError
-from edgeft.files import read_json, staged_folder, sweep, write_json
+from edgeft.files import disk_errors, read_json, staged_folder, sweep, write_json
 
 RECORD = ".made.json"  # what a kept step returned and cost, beside its files
 LEFTOVER = re.compile(r"\.(.+)\.(?:part|old|new)-[^.]+$")
@@ -31,7 +31,8 @@ def only_run(out: Path) -> Iterator[None]:
     Raises UsageError where another run holds it. A `kill -9` leaves no lock behind: the kernel drops it.
     """
     work = out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
+    with disk_errors(out):
+        work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

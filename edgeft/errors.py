@@ -71,7 +71,11 @@ def unknown(kind: str, word: str, known: Iterable[str], hint: str) -> UsageError
     """An error for a word that is not in a list, with the nearest one that is."""
     known = sorted(known)
     best = nearest(word, known)
-    tail = f" Did you mean '{best}'?" if best else f" Known: {', '.join(known)}."
+    tail = (
+        f" Did you mean '{best}'?"
+        if best
+        else f" Known: {', '.join(known[:20])}{', …' if len(known) > 20 else ''}."
+    )
     return UsageError(f"{kind} '{word}' is not known.{tail}", hint)
 
 

@@ -54,21 +54,26 @@ def load_rows(path: Path) -> list[Row]:
     Raises UsageError naming the line that is not JSON, has no messages, or has no answer.
     """
     if not path.is_file():
-        raise UsageError(f"there is no file {path}.", f"ls {path.parent}")
+        seen = (
+            f"{path} is a folder, and a file of rows is wanted"
+            if path.is_dir()
+            else f"there is no file {path}"
+        )
+        raise UsageError(f"{seen}.", f"ls {path if path.is_dir() else path.parent}")
     rows: list[Row] = []
-    seen: dict[str, int] = {}
+    seen_at: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         row = _parse(line, path, number)
         row.setdefault("id", messages_hash(row["messages"]))
         row.setdefault("task", "exact")
-        if row["id"] in seen:
+        if row["id"] in seen_at:
             raise UsageError(
-                f"{path} line {number}: the id '{row['id']}' stands on line {seen[row['id']]} already.",
-                f"sed -n '{seen[row['id']]}p;{number}p' {path}",
+                f"{path} line {number}: the id '{row['id']}' stands on line {seen_at[row['id']]} already.",
+                f"sed -n '{seen_at[row['id']]}p;{number}p' {path}",
             )
-        seen[row["id"]] = number
+        seen_at[row["id"]] = number
         rows.append(row)
     if not rows:
         raise UsageError(f"{path} has no rows.", f"head -3 {path}")

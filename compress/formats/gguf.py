@@ -15,7 +15,13 @@ from edgeft import child, console
 from edgeft.compress import autoround
 from edgeft.compress.converter import convert, installed_version
 from edgeft.compress.formats import gguf_split, one_of
-from edgeft.compress.formats.gguf_types import TENSOR_CLASSES, TENSOR_TYPES, patterns, read_types
+from edgeft.compress.formats.gguf_types import (
+    TENSOR_CLASSES,
+    TENSOR_TYPES,
+    patterns,
+    read_types,
+    refuse_unmatched,
+)
 from edgeft.errors import EnvironmentFault, UsageError
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -23,7 +29,7 @@ CONVERTED = ("f32", "f16", "bf16", "q8_0")
 NEED_IMATRIX = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs")
 QUANTIZED = (
     "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
-    "q6_k", "iq3_s", "iq4_nl", "iq4_xs",
+    "q6_k", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
 OPTIONS: dict[str, Any] = {
@@ -116,6 +122,10 @@ def _build(job: Any) -> dict[str, float]:
         return convert(job.merged, target, job.variant, job.model_name, job.log)
     source, spent = unquantized(job)
     steps = [spent] if spent else []
+    if patterns(job.options):
+        from edgeft.gguf_file import Tensors
+
+        refuse_unmatched(job.options, {tensor.name for tensor in Tensors(source).tensors})
     imatrix = moments = None
     if job.calibration:
         imatrix, moments, spent = seen_by_layers(job, source, with_moments=rounding_of(job) == "feedback")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from edgeft.compress import blocks
-from edgeft.errors import UsageError
+from edgeft.errors import UsageError, unknown
 from edgeft.files import read_json, sha256_json
 
 TENSOR_TYPES = ("f32", "f16", "bf16", *blocks.LAYOUTS)
@@ -42,8 +44,25 @@ def read_types(text: str) -> TensorTypes:
     return TensorTypes(sorted(found.items()))
 
 
+def refuse_unmatched(options: dict[str, Any], names: Collection[str]) -> None:
+    """Raise UsageError for a tensor or a class of tensors that is given a type and is not in the file."""
+    for name in options.get("types", {}):
+        if name not in names:
+            raise unknown("types: the tensor", name, sorted(names), "gguf-dump FILE lists them")
+    there = [c for c in TENSOR_CLASSES if any(re.search(_of_class(c), name) for name in names)]
+    for word in TENSOR_CLASSES:
+        if word in options and word not in there:
+            raise UsageError(
+                f"{word}={options[word]}: this model has no such tensor.", f"it has {', '.join(there)}"
+            )
+
+
+def _of_class(word: str) -> str:
+    return rf"(^|[.]){word}[.]weight$"
+
+
 def patterns(options: dict[str, Any]) -> list[list[str]]:
     """[regular expression over tensor names, type] of a format's options; the first that fits decides, as llama.cpp reads them."""
     single = [[f"^{name.replace('.', '[.]')}$", kind] for name, kind in options.get("types", {}).items()]
-    classes = [[rf"(^|[.]){name}[.]weight$", options[name]] for name in TENSOR_CLASSES if name in options]
+    classes = [[_of_class(name), options[name]] for name in TENSOR_CLASSES if name in options]
     return [*single, *classes]

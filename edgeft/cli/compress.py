@@ -1,7 +1,9 @@
 """`edgeft compress`."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -56,7 +58,11 @@ if TYPE_CHECKING:
     help="Rows that the gate asks, spread over the file.",
 )
 @click.option(
-    "--gate", "limits", type=click.Path(path_type=Path), help="Limits (YAML) that differ from the defaults."
+    "--gate",
+    "limits",
+    type=recipes.FileOrMap(),
+    metavar="FILE|MAP",
+    help="Limits that differ from the defaults: a YAML file, or {4: {kld: 0.1}} itself.",
 )
 @click.option("--no-gate", is_flag=True, help="Check no artefact.")
 @click.option(
@@ -92,7 +98,7 @@ def command(
     allow_seen_rows: bool,
     evaluation: Path | None,
     eval_limit: int,
-    limits: Path | None,
+    limits: Path | Mapping[Any, Any] | None,
     no_gate: bool,
     merge_base: str,
     size: str | None,
@@ -184,7 +190,13 @@ def share_of(word: str) -> tuple[Path, float]:
     folder, sign, share = word.rpartition("=")
     if sign and not Path(word).exists():
         try:
-            return Path(folder), float(share)
+            number = float(share)
         except ValueError:
-            pass
+            return Path(word), 1.0
+        if not math.isfinite(number) or number == 0:
+            raise UsageError(
+                f"--adapter {word}: a share of {share} merges nothing that can be said.",
+                f"--adapter {folder}=0.5",
+            )
+        return Path(folder), number
     return Path(word), 1.0

@@ -12,6 +12,26 @@ import click
 
 from edgeft.errors import UsageError, unknown
 
+
+class FileOrMap(click.ParamType):
+    """A file's path, or a map written out in YAML or JSON: {…}."""
+
+    name = "file or map"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path, or the map."""
+        if not isinstance(value, str):
+            return value
+        if not value.lstrip().startswith("{"):
+            return Path(value)
+        import yaml
+
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            self.fail(f"{value} is not valid YAML: {str(error).splitlines()[0]}.", param, ctx)
+
+
 NO_WORDS = ("recipe", "help", "dry_run")  # how to run, not what to make
 
 

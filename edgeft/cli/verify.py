@@ -1,11 +1,13 @@
 """`edgeft verify`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgeft import console
-from edgeft.cli import options
+from edgeft.cli import options, recipes
 
 
 @click.command("verify")
@@ -19,13 +21,17 @@ from edgeft.cli import options
 @click.option(
     "--gate",
     "limits",
-    type=click.Path(path_type=Path),
-    help="Limits (YAML) in place of those in each artifact.json.",
+    type=recipes.FileOrMap(),
+    metavar="FILE|MAP",
+    help="Limits in place of those in each artifact.json: a YAML file, or a map.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of an engine (physical cores if left out).")
 @options
 def command(
-    places: tuple[Path, ...], evaluation: Path | None, limits: Path | None, threads: int | None
+    places: tuple[Path, ...],
+    evaluation: Path | None,
+    limits: Path | Mapping[Any, Any] | None,
+    threads: int | None,
 ) -> None:
     """Check finished artefacts again.
 
