@@ -106,6 +106,10 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
     _refuse_names(recipe)
     planned = plan(base, adapters)
     tokenizers.refuse(base, [folder for folder, _ in adapters], planned)
+    for adapter_folder, said in _of_other_bases(base, planned.adapters):
+        console.note(
+            f"  {adapter_folder} says it was trained on {said}; the base here is {origin_of(base)['name']}"
+        )
     if planned.tied and planned.tied != "kept":
         console.note(f"  the head was tied to the embedding and is now {planned.tied}")
     seen = seen_by_adapters(adapters)
@@ -132,6 +136,20 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
     return Prepared(
         base, adapters, recipe, specs, name, calibration, seen, made_from, forecast, chosen, limits, grid.grid_of(base)
     )  # fmt: skip
+
+
+def _of_other_bases(base: Path, adapters: Sequence[Any]) -> list[tuple[str, str]]:
+    """(adapter, the base that it names) where that is neither this base's name nor its folder's.
+
+    A note and no refusal: a name says little, and shapes are held to the base's anyway.
+    """
+
+    def last(name: Any) -> str:
+        return str(name).rstrip("/").rsplit("/", 1)[-1].lower()
+
+    here = {last(origin_of(base).get("name")), last(base.resolve())}
+    told = [(a.folder.name, a.config.get("base_model_name_or_path")) for a in adapters]
+    return [(name, str(said)) for name, said in told if said and last(said) not in here]
 
 
 def _refuse_names(recipe: Recipe) -> None:

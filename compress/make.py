@@ -122,7 +122,6 @@ def reject(staging: Path, target: Path, error: GateError) -> None:
     What stood under its name was made of other inputs than were asked for now: it goes as well, to NAME.before.
     """
     place = target.parent / REJECTED / target.name
-    (staging / MANIFEST).unlink(missing_ok=True)
     reasons = {"seen": error.message, "next": error.hint, **error.details}
     if target != staging and target.exists():
         before = place.with_name(f"{place.name}.before")
@@ -132,4 +131,5 @@ def reject(staging: Path, target: Path, error: GateError) -> None:
         console.note(f"  {target.name}: {reasons['before']}")
     write_json(staging / "reasons.json", reasons)
     replace_folder(staging, place)
+    (place / MANIFEST).unlink(missing_ok=True)
     staging.mkdir()  # the caller removes it

@@ -334,32 +334,36 @@ def test_the_tokenizers_file_is_right(tiny_models):
 
 @pytest.mark.slow
 def test_gptq_loads_with_from_pretrained(made, tiny_models, tiny_adapters, tmp_path):
+    """A width for each kind; 2 bits are in test_format_options.py."""
     pytest.importorskip("optimum", reason="needs the extra: gptq")
     if not __import__("importlib.util").util.find_spec("gptqmodel"):
         pytest.skip("needs the extra: gptq")
     kind, out = made
+    words, least = {
+        "llama": ("gptq:4,rows=8", 0.95),
+        "qwen2": ("gptq:8,rows=8", 0.999),
+        "qwen3": ("gptq:3,rows=8", 0.8),
+    }[kind]
     recipe = Recipe(
-        out=out, formats=("gptq:4,rows=8",), calibration=DESK / "calibrate.jsonl", name="tiny", threads=2,
+        out=out, formats=(words,), calibration=DESK / "calibrate.jsonl", name="tiny", threads=2,
         no_gate=kind != "llama",
     )  # fmt: skip
     artifact = compress(tiny_models[kind], tiny_adapters[kind], recipe)[1]
     assert artifact.recipe["group_size"] == 128
     assert artifact.seen_rows["calibrate"]
-    found = logits_of("transformers", out / id_of("gptq:4,rows=8"), tmp_path / "gptq.log")
+    found = logits_of("transformers", out / id_of(words), tmp_path / "gptq.log")
     wanted = torch_logits(out / "merged")
     spread = float(np.std(wanted[0]))
     assert 1e-4 < worst(found, wanted) < 3 * spread
     correlation = np.corrcoef(found[0].ravel()[: 8 * 49152], wanted[0].ravel()[: 8 * 49152])[0, 1]
-    assert correlation > 0.95
+    assert correlation > least
     if kind != "llama":
         return
     from edgeft.engines.client import chat
     from edgeft.engines.local import LocalModel
 
     with (
-        LocalModel(
-            out / id_of("gptq:4,rows=8"), "transformers", log=tmp_path / "serve.log", context=256
-        ) as model,
+        LocalModel(out / id_of(words), "transformers", log=tmp_path / "serve.log", context=256) as model,
         httpx.Client() as client,
     ):
         reply = chat(

@@ -26,10 +26,10 @@ from edgeft.errors import EnvironmentFault, UsageError
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 # llama.cpp refuses these without an importance matrix.
-NEED_IMATRIX = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs")
+NEED_IMATRIX = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs")
 QUANTIZED = (
     "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
-    "q6_k", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs",
+    "q6_k", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
 OPTIONS: dict[str, Any] = {
