@@ -85,7 +85,10 @@ def calibrate_in_turns(
     chance = np.random.default_rng(seed)
     called = found = 0
     labels = processes_by_pair or [[0] * len(first) for first, _ in pairs]
-    benches = [split(list(zip(*pair, strict=True)), of) for pair, of in zip(pairs, labels, strict=True)]
+    benches = [
+        split([list(both) for both in zip(*pair, strict=True)], of)
+        for pair, of in zip(pairs, labels, strict=True)
+    ]
     for trial in range(trials):
         drawn = _drawn(benches[chance.integers(len(benches))], chance)
         a, b = ([[[both[side]] for both in process] for process in drawn] for side in (0, 1))
