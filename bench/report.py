@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.bench import autotune, choices, context, pack
-from edgeft.bench.processes import FEWEST_PROCESSES
+from edgeft.bench.speed_figures import process_notes
 from edgeft.files import write_json, write_jsonl, write_text
 from edgeft.types import BenchReport
 
@@ -167,7 +167,7 @@ def _speed_notes(report: BenchReport) -> list[str]:
             for p in timed[0]["speed"]["points"]
         )
         lines.append(f"Speed: {shapes} tokens; the columns show the first shape, report.json all of them.")
-        lines += _process_notes(timed)
+        lines += process_notes(timed)
         wide = [r for r in timed if r["speed"].get("settled") is False]
         if wide:
             listed = ", ".join(f"{r['id']} ({_percent(r['speed']['widest_interval'])})" for r in wide)
@@ -205,19 +205,6 @@ def _speed_notes(report: BenchReport) -> list[str]:
         else "Energy: not measured."
     )
     return lines
-
-
-def _process_notes(timed: list[dict[str, Any]]) -> list[str]:
-    """How many processes of each model were timed, and whether the intervals are over them."""
-    counts = sorted({r["speed"]["processes"] for r in timed if r["speed"].get("processes")})
-    if not counts or counts == [1]:
-        return []
-    asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return [
-        f"Each model was timed in {asked} processes, one after another, since a process keeps its noise for its life: "
-        f"from {FEWEST_PROCESSES} on the intervals of medians are over processes, then rounds (hierarchical bootstrap, Student's t); "
-        "of fewer, over the samples alone, and the next process may lie outside."
-    ]
 
 
 def _memory_notes(report: BenchReport) -> list[str]:

@@ -122,3 +122,16 @@ def result(
         "shortened_to_tokens": min(shortened) if shortened else None,
         "side": "client",
     }, flags
+
+
+def process_notes(timed: list[dict[str, Any]]) -> list[str]:
+    """How many processes of each model were timed, and whether the intervals are over them."""
+    counts = sorted({r["speed"]["processes"] for r in timed if r["speed"].get("processes")})
+    if not counts or counts == [1]:
+        return []
+    asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return [
+        f"Each model was timed in {asked} processes, one after another, since a process keeps its noise for its life: "
+        f"from {FEWEST_PROCESSES} on the intervals of medians are over processes, then rounds (hierarchical bootstrap, Student's t); "
+        "of fewer, over the samples alone, and the next process may lie outside."
+    ]
