@@ -6,12 +6,14 @@ A/A: two runs of one artefact, called different although nothing is. Planted: th
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from edgeft.bench.compare_speed import FLOOR, FLOOR_WITHIN, Repeats, floor_between, told
-from edgeft.bench.significance import ALPHA, Rounds, log_ratio
+from edgeft.bench.processes import Processes, log_ratio, split
+from edgeft.bench.significance import ALPHA
 
 
 def calibrate(
@@ -21,28 +23,34 @@ def calibrate(
     seed: int = 0,
     *,
     rounds_by_run: list[list[int]] | None = None,
+    processes_by_run: list[list[int]] | None = None,
     floor: float = FLOOR,
     tests: int = 1,
 ) -> dict[str, Any]:
-    """Draw pairs of different runs, resample their rounds, and count what the rule says.
+    """Draw pairs of different runs, resample the rounds of each process, and count what the rule says.
 
     `samples_by_run`: tok/s of runs of one artefact, new processes each; `rounds_by_run`: the round of each sample (a
-    sample is a round of its own without it). A planted slowdown of 0.05 takes 5 % more time: tok/s / 1.05. `floor` is
-    a |ln ratio|; `tests` is the size of the family, held to Bonferroni's level, the strictest that Holm's is.
+    sample is a round of its own without it); `processes_by_run`: its process (all of one without it). Processes are as they
+    were: drawing them with repeats would hold a run of fewer against the rule. A planted slowdown of 0.05 takes 5 % more
+    time: tok/s / 1.05. `floor` is a |ln ratio|; `tests` is the size of the family, held to Bonferroni's level, the
+    strictest that Holm's is.
     Returns {called_different, found, trials, runs, floor, ...}: counts of `trials`. `repeats` is the spread between the
     runs' medians, and `floor_measured` the floor that it sets.
     """
-    runs = [_grouped(s, rounds_by_run[i] if rounds_by_run else None) for i, s in enumerate(samples_by_run)]
-    if len(runs) < 2 or min(map(len, runs)) < 3:
-        raise ValueError(f"two runs of three rounds are needed, not {[len(r) for r in runs]}")
+    runs = [
+        _grouped(s, *(by_run[i] if by_run else None for by_run in (rounds_by_run, processes_by_run)))
+        for i, s in enumerate(samples_by_run)
+    ]
+    rounds = [sum(map(len, run)) for run in runs]
+    if len(runs) < 2 or min(rounds) < 3:
+        raise ValueError(f"two runs of three rounds are needed, not {rounds}")
     chance = np.random.default_rng(seed)
     called = found = 0
     for trial in range(trials):
         first, second = chance.choice(len(runs), 2, replace=False)
         a, b = _drawn(runs[first], chance), _drawn(runs[second], chance)
-        slowed = [[s / (1 + slowdown) for s in r] for r in b]
         called += _called(a, b, floor, ALPHA / tests, trial) != 0
-        found += _called(a, slowed, floor, ALPHA / tests, trial) == -1
+        found += _called(a, _slowed(b, slowdown), floor, ALPHA / tests, trial) == -1
     measured = spread([_median(r) for r in runs])
     return {
         "called_different": called,
@@ -50,7 +58,8 @@ def calibrate(
         "trials": trials,
         "slowdown": slowdown,
         "runs": len(runs),
-        "rounds": [len(r) for r in runs],
+        "rounds": rounds,
+        "processes": [len(run) for run in runs],
         "medians": [_median(r) for r in runs],
         "floor": math.expm1(floor),
         "repeats": {"deviation": measured.deviation, "freedom": measured.freedom},
@@ -65,33 +74,39 @@ def calibrate_in_turns(
     trials: int = 100,
     seed: int = 0,
     *,
+    processes_by_pair: list[list[int]] | None = None,
     floor: float = FLOOR_WITHIN,
 ) -> dict[str, Any]:
-    """`calibrate` for two processes of one artefact that one bench asked in turns: of each bench tok/s of both, round by round.
+    """`calibrate` for one artefact twice in one bench, asked in turns: of each bench tok/s of both, round by round.
 
-    A trial takes one bench and resamples its rounds. Returns {called_different, found, trials, slowdown, runs, rounds, floor}.
+    `processes_by_pair`: the process of each round (all of one without it). A trial takes one bench and resamples the rounds of each
+    process. Returns {called_different, found, trials, slowdown, runs, rounds, processes, floor}.
     """
     chance = np.random.default_rng(seed)
     called = found = 0
+    labels = processes_by_pair or [[0] * len(first) for first, _ in pairs]
+    benches = [
+        split([list(both) for both in zip(*pair, strict=True)], of)
+        for pair, of in zip(pairs, labels, strict=True)
+    ]
     for trial in range(trials):
-        first, second = pairs[chance.integers(len(pairs))]
-        picks = chance.integers(0, len(first), len(first))
-        a, b = [[first[i]] for i in picks], [[second[i]] for i in picks]
-        slowed = [[s / (1 + slowdown) for s in r] for r in b]
+        drawn = _drawn(benches[chance.integers(len(benches))], chance)
+        a, b = ([[[both[side]] for both in process] for process in drawn] for side in (0, 1))
         called += _called(a, b, floor, ALPHA, trial, paired=True) != 0
-        found += _called(a, slowed, floor, ALPHA, trial, paired=True) == -1
+        found += _called(a, _slowed(b, slowdown), floor, ALPHA, trial, paired=True) == -1
     return {
         "called_different": called,
         "found": found,
         "trials": trials,
         "slowdown": slowdown,
-        "runs": len(pairs),
-        "rounds": [len(a) for a, _ in pairs],
+        "runs": len(benches),
+        "rounds": [sum(map(len, b)) for b in benches],
+        "processes": [len(b) for b in benches],
         "floor": math.expm1(floor),
     }
 
 
-def _called(a: Rounds, b: Rounds, floor: float, level: float, seed: int, paired: bool = False) -> int:
+def _called(a: Processes, b: Processes, floor: float, level: float, seed: int, paired: bool = False) -> int:
     estimate = log_ratio(a, b, paired=paired, seed=seed)
     p = estimate.p()
     return told(estimate, floor, p is not None and p < level)
@@ -103,18 +118,25 @@ def spread(medians: list[float]) -> Repeats:
     return Repeats(float(logs.std(ddof=1)), len(medians) - 1)
 
 
-def _grouped(samples: list[float], rounds: list[int] | None) -> Rounds:
-    if rounds is None:
-        return [[s] for s in samples]
+def _grouped(samples: list[float], rounds: list[int] | None, processes: list[int] | None) -> Processes:
+    """Samples by process and round."""
     found: dict[int, list[float]] = {}
-    for index, sample in zip(rounds, samples, strict=True):
+    of: dict[int, int] = {}
+    for i, sample in enumerate(samples):
+        index = rounds[i] if rounds else i
         found.setdefault(index, []).append(sample)
-    return list(found.values())
+        of[index] = processes[i] if processes else 0
+    return split(list(found.values()), list(of.values()))
 
 
-def _drawn(rounds: Rounds, chance: np.random.Generator) -> Rounds:
-    return [rounds[i] for i in chance.integers(0, len(rounds), len(rounds))]
+def _drawn(processes: Processes, chance: np.random.Generator) -> Processes:
+    """Every process as often as it was, rounds drawn in each."""
+    return [[rounds[i] for i in chance.integers(0, len(rounds), len(rounds))] for rounds in processes]
 
 
-def _median(rounds: Rounds) -> float:
-    return float(np.median([s for r in rounds for s in r]))
+def _slowed(processes: Processes, slowdown: float) -> Processes:
+    return [[[s / (1 + slowdown) for s in r] for r in rounds] for rounds in processes]
+
+
+def _median(processes: Processes) -> float:
+    return float(np.median(list(chain(*chain(*processes)))))

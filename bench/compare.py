@@ -129,6 +129,7 @@ def _notes(a: Side, b: Side) -> list[str]:
         ("threads", a.report.workload.get("threads"), b.report.workload.get("threads")),
         ("rows", a.report.workload.get("tasks_sha256"), b.report.workload.get("tasks_sha256")),
         ("engine", a.result.get("engine_build"), b.result.get("engine_build")),
+        ("processes a model", *((s.result.get("speed") or {}).get("processes") for s in (a, b))),
         ("load mode", *((s.result.get("load") or {}).get("load_mode") for s in (a, b))),
     ]
     lines = [f"other {what}: {str(x)[:40]} and {str(y)[:40]}" for what, x, y in pairs if x and y and x != y]

@@ -1,8 +1,9 @@
 """Speed of B against A: a ratio of medians, its interval over rounds, and the floor that two runs of one artefact set.
 
 A process keeps its luck (memory layout, neighbours on the box) as long as it lives, so no number of samples of one
-process shows how far the next one lies. A difference is therefore told only where it is beyond chance *and* beyond the
-floor. docs/compare.md says why the floor is what it is.
+process shows how far the next one lies. A difference is therefore told only where it is beyond chance, which is of processes
+where both sides have three or more, *and* beyond the floor, which is of what chance does not see. docs/compare.md says why the
+floors are what they are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from edgeft.bench.significance import ALPHA, FEWEST_ROUNDS, LogRatio, Rounds, log_ratio, t_quantile
+from edgeft.bench.processes import Processes, log_ratio, several, split
+from edgeft.bench.significance import ALPHA, FEWEST_ROUNDS, LogRatio, t_quantile
 
 FLOOR = math.log(1.03)  # two reports, no repeated runs known
 # … of which one is of a virtual machine, whose neighbours come and go: forty runs of one artefact on one had medians with a
@@ -50,9 +52,15 @@ def floor_between(a: Repeats, b: Repeats) -> float:
     return t_quantile(1 - ALPHA / 2, min(a.freedom, b.freedom)) * math.hypot(a.deviation, b.deviation)
 
 
-def floor_of(paired: bool, a: Repeats | None, b: Repeats | None, virtual: bool) -> tuple[float, str]:
-    """(|ln ratio| that a difference must pass, what that rests on)."""
-    if paired and virtual:
+def floor_of(
+    paired: bool, a: Repeats | None, b: Repeats | None, virtual: bool, restarted: bool = False
+) -> tuple[float, str]:
+    """(|ln ratio| that a difference must pass, what that rests on). `restarted`: chance is of several processes a side.
+
+    In turns the floor of a virtual machine is how far two processes lie apart, which several show themselves. Two reports
+    keep theirs: their processes ran within a minute or two, and a box drifts for longer.
+    """
+    if paired and virtual and not restarted:
         return FLOOR_WITHIN_VIRTUAL, "assumed of a virtual machine, measured in turns"
     if paired:
         return FLOOR_WITHIN, "assumed, measured in turns"
@@ -83,21 +91,19 @@ def speed_figure(
     if not all((s.get(key) or {}).get("samples") for s in (a, b)):
         return None
     figure: dict[str, Any] = {"figure": name, "a": None, "b": None, "p": None, "measurement": measurement}
-    left, right, at = common_samples(a, b, key)
+    x, y, at = common_samples(a, b, key)
+    left, right = by_round(x, key), by_round(y, key)
     if not left or not right:
         return {**figure, "verdict": "not comparable", "why": at}, None
     paired = one_report and None not in left and None not in right
-    if paired:
-        shared = [r for r in left if r in right]
-        rounds = [left[r] for r in shared], [right[r] for r in shared]
-    else:
-        rounds = as_rounds(left), as_rounds(right)
-    fewest = min(len(rounds[0]), len(rounds[1]))
+    sides = together(x, y, left, right) if paired else (by_process(x, left), by_process(y, right))
+    rounds = [[r for process in side for r in process] for side in sides]
+    fewest = min(map(len, rounds))
     if fewest < FEWEST_ROUNDS:
         why = f"{fewest} rounds, and {FEWEST_ROUNDS} are needed"
         return {**figure, "verdict": "too few rounds", "why": why}, None
-    estimate = log_ratio(*rounds, paired)
-    floor, basis = floor_of(paired, *repeats, virtual)
+    estimate, restarted = log_ratio(*sides, paired), several(*sides)
+    floor, basis = floor_of(paired, *repeats, virtual, restarted)
     figure |= {
         "at": at,
         "a": median(s for r in rounds[0] for s in r),
@@ -107,8 +113,9 @@ def speed_figure(
         "p": estimate.p(),
         "rounds": [len(r) for r in rounds],
         "samples": [sum(map(len, r)) for r in rounds],
+        "processes": [len(side) for side in sides],
         "paired_by_round": paired,
-        "test": "Student's t, bootstrap error over rounds",
+        "test": f"Student's t, bootstrap error over {'processes and their rounds' if restarted else 'rounds'}",
         "floor": math.expm1(floor),
         "floor_basis": basis,
     }
@@ -142,8 +149,10 @@ def _at_worst(name: str, estimate: LogRatio, floor: float) -> float:
     return math.expm1(slower + reach)
 
 
-def common_samples(a: dict[str, Any], b: dict[str, Any], key: str) -> tuple[ByRound, ByRound, str]:
-    """Samples of the first point that was asked of both, and the point in words; or ({}, {}, why there is none).
+def common_samples(
+    a: dict[str, Any], b: dict[str, Any], key: str
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The first point that was asked of both, as each has it, and the point in words; or ({}, {}, why there is none).
 
     Reports without points are compared as a whole where prompts and answers were about as long.
     """
@@ -151,7 +160,7 @@ def common_samples(a: dict[str, Any], b: dict[str, Any], key: str) -> tuple[ByRo
     for point in points:
         for other in others:
             if point.get("asked") == other.get("asked") and point.get(key) and other.get(key):
-                return by_round(point, key), by_round(other, key), _in_words(point.get("asked") or {})
+                return point, other, _in_words(point.get("asked") or {})
     if points and others:
         return {}, {}, "no point of the speed workload was asked of both"
     for tokens in ("prompt_tokens", "output_tokens"):
@@ -160,7 +169,7 @@ def common_samples(a: dict[str, Any], b: dict[str, Any], key: str) -> tuple[ByRo
             x, y = left[len(left) // 2], right[len(right) // 2]
             if x and y and abs(math.log(x / y)) > PROMPTS_ALIKE:
                 return {}, {}, f"{x:g} and {y:g} {tokens.replace('_', ' ')}"
-    return by_round(a, key), by_round(b, key), ""
+    return a, b, ""
 
 
 def _in_words(asked: dict[str, Any]) -> str:
@@ -169,7 +178,7 @@ def _in_words(asked: dict[str, Any]) -> str:
 
 def by_round(point: dict[str, Any], key: str) -> ByRound:
     """Samples by the round they came from; all under None where rounds are not named. What has no logarithm is left out."""
-    samples, rounds = point[key].get("samples") or [], point.get("round")
+    samples, rounds = (point.get(key) or {}).get("samples") or [], point.get("round")
     named = rounds if rounds and len(rounds) == len(samples) else [None] * len(samples)
     found: ByRound = {}
     for index, sample in zip(named, samples, strict=True):
@@ -178,6 +187,22 @@ def by_round(point: dict[str, Any], key: str) -> ByRound:
     return found
 
 
-def as_rounds(found: ByRound) -> Rounds:
-    """Samples as a list of rounds; a sample that names no round is a round of its own."""
-    return [[s] for s in found[None]] if None in found else list(found.values())
+def by_process(point: dict[str, Any], found: ByRound) -> Processes:
+    """Rounds by process; of one where none is named. A sample that names no round is a round of its own."""
+    if None in found:
+        return [[[s] for s in found[None]]]
+    return split(list(found.values()), [process_of(point).get(r) for r in found])
+
+
+def together(
+    x: dict[str, Any], y: dict[str, Any], left: ByRound, right: ByRound
+) -> tuple[Processes, Processes]:
+    """Both sides' shared rounds by process: of the side that had fewer, where one was started in between."""
+    shared = [r for r in left if r in right]
+    labels = min(([process_of(p).get(r) for r in shared] for p in (x, y)), key=lambda found: len(set(found)))
+    return split([left[r] for r in shared], labels), split([right[r] for r in shared], labels)
+
+
+def process_of(point: dict[str, Any]) -> dict[int, int]:
+    """The process of each round, where the report names them."""
+    return dict(zip(point.get("round") or [], point.get("process") or [], strict=False))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgeft.bench.processes import FEWEST_PROCESSES
+
 COLUMNS = ("figure", "A", "B", "B against A", "95 %", "p (Holm)", "verdict")
 
 
@@ -35,7 +37,7 @@ def sentence(f: dict[str, Any]) -> str:
         return f"{f['figure']}{where}: {f['verdict']} ({f['why']})."
     text = f"{f['figure']}{where}: B is {_change(f)} against A"
     if f.get("ci95"):
-        text += f" (95 % {_interval(f)})"
+        text += f" (95 % {_interval(f)}{_over(f)})"
     text += f": {f['verdict']}"
     text += f", {f['why']}" if f.get("why") else ""
     if f["verdict"] == "not told apart" and f.get("could_show") is not None:
@@ -43,6 +45,12 @@ def sentence(f: dict[str, Any]) -> str:
         size = f["could_show"] if unit == "points" else 100 * f["could_show"]
         text += f"; {size:.1f} {unit} would have been found in 80 of 100 such runs"
     return text + "."
+
+
+def _over(f: dict[str, Any]) -> str:
+    """Of how many processes an interval is, where it is of processes."""
+    counts = f.get("processes") or [0]
+    return f", {counts[0]} and {counts[1]} processes" if min(counts) >= FEWEST_PROCESSES else ""
 
 
 def _value(f: dict[str, Any], value: float | None) -> str:

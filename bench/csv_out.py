@@ -39,6 +39,7 @@ COLUMNS: dict[str, tuple[str | int, ...]] = {
             "n": ("n",),
         }.items()
     },
+    "speed_processes": ("speed", "processes"),
     "kept_gain": ("retention", "value"),
     "kept_gain_ci95_low": ("retention", "ci95", 0),
     "kept_gain_ci95_high": ("retention", "ci95", 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgeft.bench import choices, context, roofline, speed
+from edgeft.bench import choices, context, roofline, speed_figures
 from edgeft.bench.answers import figures
 from edgeft.bench.energy import Meter
 from edgeft.bench.energy import result as energy_of
@@ -31,7 +31,7 @@ def entry_of(
 ) -> dict[str, Any]:  # fmt: skip
     """A target's entry in the report, from what the journal holds."""
     start, items = journal.last(target.id, "start"), journal.all(target.id, "answer")
-    found_speed, flags = speed.result(journal, target, workload.points, workload.speed_seconds)
+    found_speed, flags = speed_figures.result(journal, target, workload.points, workload.speed_seconds)
     result: dict[str, Any] = {
         "id": target.id, "kind": target.kind, "engine": target.engine, "path": str(target.path) if target.path else None,
         "artifact_sha256": target.sha256, "size_bytes": target.size_bytes, **target.facts,

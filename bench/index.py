@@ -279,12 +279,14 @@ def _run_row(report: BenchReport, r: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _speed_workload(report: BenchReport, result: dict[str, Any]) -> str:
-    """What speed was measured with, so that like is held against like: threads and what was asked."""
+    """What speed was measured with, so that like is held against like: threads, what was asked, and of how many processes."""
     speed = result.get("speed") or {}
     asked = [p.get("asked") for p in speed.get("points") or []] or [
         report.workload.get(k) for k in ("prompt_chars", "output_tokens")
     ]
-    return json.dumps([report.workload.get("threads"), report.workload.get("context"), asked])
+    restarts = report.workload.get("restarts") or 1
+    more = [restarts] if restarts > 1 else []
+    return json.dumps([report.workload.get("threads"), report.workload.get("context"), asked, *more])
 
 
 def _box(report: BenchReport) -> str:

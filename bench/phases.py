@@ -67,6 +67,7 @@ def measure(
                     workload.points,
                     workload.repetitions,
                     workload.speed_seconds,
+                    workload.restarts,
                     meter,
                     say,
                 )

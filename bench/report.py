@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.bench import autotune, choices, context, pack
+from edgeft.bench.speed_figures import process_notes
 from edgeft.files import write_json, write_jsonl, write_text
 from edgeft.types import BenchReport
 
@@ -166,6 +167,7 @@ def _speed_notes(report: BenchReport) -> list[str]:
             for p in timed[0]["speed"]["points"]
         )
         lines.append(f"Speed: {shapes} tokens; the columns show the first shape, report.json all of them.")
+        lines += process_notes(timed)
         wide = [r for r in timed if r["speed"].get("settled") is False]
         if wide:
             listed = ", ".join(f"{r['id']} ({_percent(r['speed']['widest_interval'])})" for r in wide)
@@ -246,7 +248,11 @@ def _limit_notes(report: BenchReport) -> list[str]:
     for r in report.results:
         for v in r.get("verdict") or []:
             if v["verdict"] == "INCONCLUSIVE" and v["value"] is not None:
-                more = f"about {v['n_needed']} samples would decide" if v["n_needed"] else v["why"]
+                more = (
+                    f"about {v['n_needed']} {v.get('n_of', 'samples')} would decide"
+                    if v["n_needed"]
+                    else v["why"]
+                )
                 lines.append(
                     f"{r['id']}: {v['limit']} {v['value']:.3g} against {v['bound']:g} is not decided; {more}."
                 )

@@ -78,11 +78,11 @@ def log_ratio(a: Rounds, b: Rounds, paired: bool, seed: int = 0) -> LogRatio:
 def _variance(rounds: Rounds, chance: np.random.Generator, scale: Any) -> float:
     """The bootstrap's variance of the median on a scale, made right for few rounds."""
     picks = chance.integers(0, len(rounds), (RESAMPLES, len(rounds)))
-    return float(scale(_medians(rounds, picks)).var()) * len(rounds) / (len(rounds) - 1)
+    return float(scale(medians(rounds, picks)).var()) * len(rounds) / (len(rounds) - 1)
 
 
-def _medians(rounds: Rounds, picks: Any) -> Any:
-    """The median over the samples of each draw of rounds."""
+def medians(rounds: Rounds, picks: Any) -> Any:
+    """The median over the samples of each draw of rounds; `picks` [draws, rounds a draw] are places in `rounds`."""
     longest = max(len(r) for r in rounds)
     padded = np.full((len(rounds), longest), np.nan)
     for index, samples in enumerate(rounds):

@@ -1,7 +1,8 @@
 """Speed of running models, one stream each, measured in turns.
 
-Artefacts are asked in rounds, there and back (A B C, C B A), so that a box that slows down slows all of them. Rounds go on
-until the interval of every median is as narrow as WITHIN, or until the target has had its time, which the result says.
+Artefacts are asked in rounds, there and back (A B C, C B A), so that a box that slows down slows all of them, and each is
+started afresh several times, since a process keeps its noise for its life. Rounds of a process go on until the interval of
+every median is as narrow as WITHIN, or until the target has had its share of the time, which the result says.
 
 TTFT: request sent to first piece of text, on the client's side. Prefill tok/s = prompt tokens / TTFT with an empty
 cache; decode tok/s = (n-1)/(e2e - TTFT); TPOT is its inverse; ITL: each gap between pieces of text.
@@ -10,40 +11,26 @@ cache; decode tok/s = (n-1)/(e2e - TTFT); TPOT is its inverse; ITL: each gap bet
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from edgeft.bench.callers import Caller
 from edgeft.bench.energy import Meter
 from edgeft.bench.journal import Journal
 from edgeft.bench.pool import Pool, Running
-from edgeft.bench.stats import summary
+from edgeft.bench.speed_figures import MAX_ROUNDS, Point, figures, point_figures, settled
 from edgeft.bench.targets import Target
 from edgeft.bench.watch import Watch
 from edgeft.engines.client import Reply
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.rows import Row, prompt_of
 
-WITHIN = 0.05  # half the width of the 95 % interval of the median, as a share of the median
-MIN_ROUNDS, MAX_ROUNDS = 2, 50
+MIN_ROUNDS = 2
 SLOW_S, MIN_TOKENS = 5.0, 8  # a target whose request would decode longer than this is asked for fewer tokens
 CHARS_A_TOKEN = 4.5  # of English; the first answer tells what it really is
-
-
-@dataclass(frozen=True)
-class Point:
-    """A shape of request: `prompt_tokens` in (about: the engine's own count is kept), `output_tokens` out (forced)."""
-
-    prompt_tokens: int
-    output_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.prompt_tokens}x{self.output_tokens}"
 
 
 def read_points(text: str) -> tuple[Point, ...]:
@@ -62,28 +49,49 @@ def read_points(text: str) -> tuple[Point, ...]:
 
 def measure(
     targets: list[Target], pool: Pool, journal: Journal, rows: list[Row], points: tuple[Point, ...],
-    repetitions: int, seconds: float, meter: Meter, say: Callable[[str], None],
+    repetitions: int, seconds: float, restarts: int, meter: Meter, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Ask all targets in rounds and keep a `block` a round and target; `seconds` bounds the time of each.
 
-    A target that breaks gets an `error` in the journal and is asked no more.
+    Each is started `restarts` times, all of them together, so that round i of two targets is of their processes of the same time.
+    A block says its `round`, the `restart` it was asked for and the `process` it came from: a run that was killed goes on with
+    new processes, and where memory is short they end sooner. A target that breaks gets an `error` and is asked no more.
     """
-    for number in range(MAX_ROUNDS):
-        left = [t for t in targets if not done(journal, t, points, repetitions, seconds)]
-        if not left:
-            return
-        for target in left if number % 2 == 0 else reversed(left):
-            taken = journal.all(target.id, "block")
-            say(f"round {len(taken) + 1}: {target.id}")
-            try:
-                with pool.use(target) as running:
-                    keep_start(journal, target, running.local)
-                    if not taken:
-                        journal.add(target.id, "warm-up", warm_up(running.ask, rows, points))
-                    plan = journal.all(target.id, "warm-up")[0]
-                    journal.add(target.id, "block", block(running, rows, points, plan, len(taken), meter))
-            except EnvironmentFault as error:
-                journal.add(target.id, "error", error.message)
+    number = 1 + max((b["round"] for t in targets for b in journal.all(t.id, "block")), default=-1)
+    for restart in range(restarts):
+        if restart:
+            for target in targets:
+                pool.end(target)
+        while left := [
+            t for t in targets if not done(journal, t, points, repetitions, seconds, restart, restarts)
+        ]:
+            for target in left if number % 2 == 0 else reversed(left):
+                say(f"process {restart + 1} of {restarts}, round {number + 1}: {target.id}")
+                try:
+                    with pool.use(target) as running:
+                        keep_start(journal, target, running.local)
+                        process = len(journal.all(target.id, "start")) - 1
+                        plan = _warmed(journal, target, running.ask, rows, points, process)
+                        found = block(running, rows, points, plan, number, meter)
+                        place = {"round": number, "restart": restart, "process": process}
+                        journal.add(target.id, "block", {**place, **found})
+                except EnvironmentFault as error:
+                    journal.add(target.id, "error", error.message)
+            number += 1
+
+
+def _warmed(
+    journal: Journal, target: Target, ask: Caller, rows: list[Row], points: tuple[Point, ...], process: int
+) -> dict[str, Any]:
+    """The target's plan, made by its first process; a later one is asked for each shape once, untimed, before its first block."""
+    plan: dict[str, Any] | None = journal.last(target.id, "warm-up")
+    if plan is None:
+        plan = warm_up(ask, rows, points)
+        journal.add(target.id, "warm-up", plan)
+    elif all(b["process"] != process for b in journal.all(target.id, "block")):
+        for chars in plan["chars"]:
+            ask(body_of(rows, 0, chars, 2))
+    return plan
 
 
 def alone(ask: Caller, rows: list[Row], point: Point, runs: int) -> dict[str, Any]:
@@ -103,16 +111,17 @@ def keep_start(journal: Journal, target: Target, local: Any) -> None:
 
 
 def done(
-    journal: Journal, target: Target, points: tuple[Point, ...], repetitions: int, seconds: float
-) -> bool:
-    """Has the target been asked enough: broken, settled, or out of time with enough rounds?"""
+    journal: Journal, target: Target, points: tuple[Point, ...], repetitions: int, seconds: float, restart: int, restarts: int
+) -> bool:  # fmt: skip
+    """Has this restart of the target been asked enough: broken, settled, or out of its share of the time with enough rounds?"""
     if journal.last(target.id, "error"):
         return True
-    blocks = journal.all(target.id, "block")
-    if len(blocks) < max(MIN_ROUNDS, repetitions):
+    blocks = [b for b in journal.all(target.id, "block") if b["restart"] <= restart]
+    own = [{**b, "process": restart} for b in blocks if b["restart"] == restart]
+    if len(own) < math.ceil(max(MIN_ROUNDS, repetitions) / restarts):
         return False
-    spent = sum(b["wall_s"] for b in blocks)
-    return len(blocks) >= MAX_ROUNDS or spent >= seconds or settled(figures(blocks, points))
+    share, spent = seconds * (restart + 1) / restarts, sum(b["wall_s"] for b in blocks)
+    return len(own) >= MAX_ROUNDS // restarts or spent >= share or settled(figures(own, points))
 
 
 def warm_up(ask: Caller, rows: list[Row], points: tuple[Point, ...]) -> dict[str, Any]:
@@ -189,83 +198,3 @@ def raw(reply: Reply) -> dict[str, Any]:
         "itl_s": [round(b - a, 6) for a, b in itertools.pairwise(reply.chunk_s)],
         "decode_tok_per_s": reply.decode_tok_per_s,
     }
-
-
-def figures(blocks: list[dict[str, Any]], points: tuple[Point, ...]) -> list[dict[str, Any]]:
-    """For each point the summaries over all blocks."""
-    return [point_figures(point, [b["requests"][i] for b in blocks]) for i, point in enumerate(points)]
-
-
-def point_figures(point: Point, requests: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summaries of the requests of one shape; `round` says which round each sample is of."""
-    decode = [r["decode_tok_per_s"] for r in requests if r["decode_tok_per_s"]]
-    prefill = [r["prompt_tokens"] / r["ttft_s"] for r in requests if r["prompt_tokens"]]
-    gaps = [gap for r in requests for gap in r["itl_s"]]
-    return {
-        "asked": {"prompt_tokens": point.prompt_tokens, "output_tokens": point.output_tokens},
-        "prompt_tokens": [r["prompt_tokens"] for r in requests],
-        "output_tokens": [r["output_tokens"] for r in requests],
-        "ttft_s": summary([r["ttft_s"] for r in requests]),
-        "prefill_tok_per_s": summary(prefill) if prefill else None,
-        "decode_tok_per_s": summary(decode) if decode else None,
-        "tpot_s": summary([1 / d for d in decode]) if decode else None,
-        "itl_s": spread_of(gaps) if gaps else None,
-        "round": list(range(len(requests))),
-    }
-
-
-def spread_of(gaps: list[float]) -> dict[str, Any]:
-    """Percentiles of the gaps between pieces of text, the samples kept; they hang together, so no interval is given."""
-    return {
-        **{f"p{q}": float(np.percentile(gaps, q)) for q in (50, 90, 95, 99)},
-        "n": len(gaps),
-        "samples": gaps,
-    }
-
-
-def settled(found: list[dict[str, Any]]) -> bool:
-    """Are the intervals of all medians (TTFT and decode rate, every shape) within WITHIN?"""
-    return all(half_width(s) <= WITHIN for s in _medians(found))
-
-
-def half_width(found: dict[str, Any]) -> float:
-    """Half the interval of the median over the median; no interval of fewer than five samples is believed."""
-    low, high = found["p50_ci95"]
-    return (high - low) / 2 / found["p50"] if found["p50"] and found["n"] >= 5 else float("inf")
-
-
-def _medians(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for point in found:
-        for name in ("ttft_s", "decode_tok_per_s"):
-            if point[name]:
-                yield point[name]
-
-
-def result(
-    journal: Journal, target: Target, points: tuple[Point, ...], seconds: float
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """(the `speed` entry of a report, what disturbed it). The first point's figures stand at the top as well."""
-    blocks = journal.all(target.id, "block")
-    if not blocks:
-        return None, []
-    plan = journal.all(target.id, "warm-up")[0]
-    found = figures(blocks, points)
-    widest = max((half_width(s) for s in _medians(found)), default=float("inf"))
-    is_settled = widest <= WITHIN
-    shortened = [o for o, p in zip(plan["output_tokens"], points, strict=True) if o < p.output_tokens]
-    flags = [{**flag, "round": i} for i, b in enumerate(blocks) for flag in b["flags"]]
-    return {
-        **{k: v for k, v in found[0].items() if k not in ("asked", "round")},
-        "points": found,
-        "rounds": len(blocks),
-        "first_request_s": plan["first_request_s"],
-        "settled": is_settled,
-        "widest_interval": widest if widest != float("inf") else None,
-        "why": f"all medians within {100 * WITHIN:.0f} %"
-        if is_settled
-        else f"{MAX_ROUNDS} rounds were over"
-        if len(blocks) >= MAX_ROUNDS
-        else f"{seconds:.0f} s a model were up",
-        "shortened_to_tokens": min(shortened) if shortened else None,
-        "side": "client",
-    }, flags

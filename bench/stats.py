@@ -8,18 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from edgeft.bench import processes as of_processes
+
 RESAMPLES = 2000
 
 
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """p50, p90, p95, p99, n, the raw samples and a bootstrap 95 % interval of the median; units are the samples'."""
+def summary(samples: Sequence[float], processes: Sequence[int] | None = None) -> dict[str, Any]:
+    """p50, p90, p95, p99, n, the raw samples and a bootstrap 95 % interval of the median; units are the samples'.
+
+    `processes` says which process each sample, above zero, is of: from three on the interval is over them (`edgeft.bench.processes`)
+    and `processes` in the result says over how many.
+    """
     values = np.asarray(samples, dtype=float)
-    return {
-        **{f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 95, 99)},
-        "p50_ci95": bootstrap(values, np.median),
-        "n": len(values),
-        "samples": [float(v) for v in values],
-    }
+    found: dict[str, Any] = {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 95, 99)}
+    grouped = of_processes.split([[float(v)] for v in values], processes) if processes else []
+    if grouped and of_processes.several(grouped):
+        found |= {"p50_ci95": of_processes.interval(grouped), "processes": len(grouped)}
+    else:
+        found["p50_ci95"] = bootstrap(values, np.median)
+    return {**found, "n": len(values), "samples": [float(v) for v in values]}
 
 
 def bootstrap(values: Any, statistic: Any, seed: int = 0) -> list[float]:

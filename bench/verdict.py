@@ -23,11 +23,12 @@ JUDGED = {
 
 
 def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
-    """For each limit that is set: the figure, its interval, the verdict, and the samples that would decide."""
+    """For each limit that is set: the figure, its interval, the verdict, and the samples or processes that would decide."""
     found = []
     for limit, bound in limits.items():
         what, below = JUDGED[limit]
         value, interval, n = figure(result, limit)
+        over = "processes" if ((result.get("speed") or {}).get(limit) or {}).get("processes") else "samples"
         entry: dict[str, Any] = {
             "limit": limit,
             "what": what,
@@ -35,6 +36,7 @@ def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str,
             "value": value,
             "ci95": interval,
             "n": n,
+            "n_of": over,
         }
         if value is None:
             entry |= {"verdict": INCONCLUSIVE, "why": "not measured", "n_needed": None}
@@ -105,7 +107,7 @@ def figure(result: dict[str, Any], limit: str) -> tuple[float | None, tuple[floa
     found = (result.get("speed") or {}).get(limit)
     if not found:
         return None, None, None
-    return found["p50"], tuple(found["p50_ci95"]), found["n"]
+    return found["p50"], tuple(found["p50_ci95"]), found.get("processes") or found["n"]
 
 
 def gated(report: Any) -> None:
@@ -134,11 +136,12 @@ def gated(report: Any) -> None:
     if open_ := [(name, v) for name, v in found if v["verdict"] == INCONCLUSIVE]:
         name, v = open_[0]
         why = (
-            v["why"] or f"{v['value']:.3g} against {v['bound']:g}; about {v['n_needed']} samples would decide"
+            v["why"]
+            or f"{v['value']:.3g} against {v['bound']:g}; about {v['n_needed']} {v.get('n_of', 'samples')} would decide"
         )
         raise Inconclusive(
             f"{len(open_)} limit(s) are not decided; {name}: {v['limit']}, {why}",
             "--power-csv for watts; a profile of your own may leave the limit out"
             if v["value"] is None
-            else "--repetitions and --speed-seconds give more samples",
+            else "--restarts gives more processes, --repetitions and --speed-seconds more samples of each",
         )

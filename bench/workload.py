@@ -20,6 +20,7 @@ class Workload:
     points: tuple[Point, ...] = (Point(128, 64), Point(512, 16))  # shapes of request that are timed
     repetitions: int = 5  # timed rounds at least
     speed_seconds: float = 10.0  # of each model's rounds at most
+    restarts: int = 3  # processes that a model is timed in, one after another
     max_tokens: int | None = None  # of an answer; from the longest expected answer if None
     fidelity_rows: int = 48
     context: int = 2048

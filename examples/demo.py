@@ -87,7 +87,7 @@ def compress_and_bench() -> None:
     chapter("3. Measure (5 minutes at most)")
     edgeft(
         "bench", OUT / "dist", OUT / "base" / "gguf-q8_0", "--profile", "auto", "--tasks", DESK / "report.jsonl",
-        "--limit", "50", "--repetitions", "3", "--speed-seconds", "5", "--speed-points", "128x32", "--fidelity-rows", "16",
+        "--limit", "50", "--repetitions", "3", "--restarts", "1", "--speed-seconds", "5", "--speed-points", "128x32", "--fidelity-rows", "16",
         "--out", OUT / "report",
     )  # fmt: skip
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from edgeft.bench import energy, load, paired, speed, verdict
+from edgeft.bench import energy, load, paired, speed, speed_figures, verdict
 from edgeft.bench.journal import Journal
 from edgeft.bench.score import check, score
 from edgeft.bench.targets import Target
@@ -64,11 +66,20 @@ class Stand:
 
     def __init__(self, replies):
         self.replies, self.asked, self.local, self.breaks_at = replies, [], None, None
+        self.started = self.ended = 0
 
+    @contextmanager
     def use(self, target):
-        import contextlib
+        if self.local is None:
+            self.started += 1
+            self.local = SimpleNamespace(
+                pid=self.started + 10 * id(self), cold_start_s=1.0, load_s=0.5, load_mode="mmap", build="b", run_profile={}
+            )  # fmt: skip
+        yield self
 
-        return contextlib.nullcontext(self)
+    def end(self, target):
+        self.ended += self.local is not None
+        self.local = None
 
     def ask(self, body):
         self.asked.append(body)
@@ -84,17 +95,21 @@ def target(name: str = "m") -> Target:
 POINTS = (speed.Point(128, 64),)
 
 
-def measured(tmp_path, pool, seconds: float, repetitions: int = 5) -> Journal:
+def measured(tmp_path, pool, seconds: float, repetitions: int = 5, restarts: int = 1) -> Journal:
     journal = Journal(tmp_path / "j.jsonl", "k")
-    speed.measure(
-        [target()], pool, journal, ROWS, POINTS, repetitions, seconds, energy.Meter(), lambda text: None
-    )
+    go_on(journal, pool, repetitions, seconds, restarts)
     return journal
+
+
+def go_on(journal: Journal, pool, repetitions: int, seconds: float, restarts: int, names: str = "m") -> None:
+    speed.measure(
+        [target(name) for name in names], pool, journal, ROWS, POINTS, repetitions, seconds, restarts, energy.Meter(), lambda text: None
+    )  # fmt: skip
 
 
 def test_steady_times_settle_at_once_and_scattered_ones_use_their_time(tmp_path):
     steady = measured(tmp_path / "a", Stand(lambda n: reply()), 100.0)
-    found, _ = speed.result(steady, target(), POINTS, 100.0)
+    found, _ = speed_figures.result(steady, target(), POINTS, 100.0)
     assert found["settled"] and found["rounds"] == 5
     assert found["decode_tok_per_s"]["p50"] == pytest.approx(100) and found["prefill_tok_per_s"][
         "p50"
@@ -104,7 +119,7 @@ def test_steady_times_settle_at_once_and_scattered_ones_use_their_time(tmp_path)
     )
     chance = np.random.default_rng(0)
     wild = measured(tmp_path / "b", Stand(lambda n: reply(chance.uniform(0.05, 0.5), 1.0)), 0.0)
-    found, _ = speed.result(wild, target(), POINTS, 0.0)
+    found, _ = speed_figures.result(wild, target(), POINTS, 0.0)
     assert (
         not found["settled"]
         and found["rounds"] == 5
@@ -116,9 +131,66 @@ def test_steady_times_settle_at_once_and_scattered_ones_use_their_time(tmp_path)
 def test_an_interrupted_speed_run_goes_on_where_it_was(tmp_path):
     journal = measured(tmp_path, Stand(lambda n: reply()), 0.0, repetitions=2)
     again = Stand(lambda n: reply())
-    speed.measure([target()], again, journal, ROWS, POINTS, 3, 0.0, energy.Meter(), lambda text: None)
+    go_on(journal, again, 3, 0.0, 1)
     assert len(journal.all("m", "block")) == 3 and len(journal.all("m", "warm-up")) == 1
-    assert len(again.asked) == 2, "one request that wakes the engine and one that is timed"
+    assert len(again.asked) == 3, (
+        "one request that warms a new process, one that wakes the engine, one that is timed"
+    )
+    assert [b["process"] for b in journal.all("m", "block")] == [0, 0, 1]
+
+
+def test_processes_share_the_rounds_and_the_time_and_say_which_they_were(tmp_path):
+    pool = Stand(lambda n: reply())
+    journal = measured(tmp_path, pool, 0.0, repetitions=5, restarts=3)
+    assert (pool.started, pool.ended) == (3, 2), "the last one stays, to answer the rows"
+    found, _ = speed_figures.result(journal, target(), POINTS, 0.0)
+    point = found["points"][0]
+    assert point["process"] == [0, 0, 1, 1, 2, 2] and point["round"] == list(range(6))
+    assert (found["processes"], found["rounds"], found["decode_tok_per_s"]["processes"]) == (3, 6, 3)
+    assert len(journal.all("m", "warm-up")) == 1, "every process is asked for the same shapes"
+
+
+def test_a_run_killed_between_processes_goes_on_and_pairs_what_was_taken_together(tmp_path):
+    """Each model has a pool's process of its own; the second run begins with new ones, in the middle of the second restart."""
+
+    class Pools(Stand):
+        def __init__(self):
+            super().__init__(None)
+            self.of = {name: Stand(lambda n: reply()) for name in "ab"}
+
+        def use(self, target):
+            if self.breaks_at and sum(len(p.asked) for p in self.of.values()) >= self.breaks_at:
+                raise KeyboardInterrupt
+            return self.of[target.id].use(target)
+
+        def end(self, target):
+            self.of[target.id].end(target)
+
+    whole = Journal(tmp_path / "whole.jsonl", "k")
+    go_on(whole, Pools(), 6, 0.0, 3, "ab")
+    journal, killed = Journal(tmp_path / "j.jsonl", "k"), Pools()
+    killed.breaks_at = 20
+    with pytest.raises(KeyboardInterrupt):
+        go_on(journal, killed, 6, 0.0, 3, "ab")
+    before = {name: len(journal.all(name, "block")) for name in "ab"}
+    assert sorted(before.values()) == [3, 4], (
+        "one has been asked once more than the other, of its second process"
+    )
+    again = Journal(tmp_path / "j.jsonl", "k")
+    go_on(again, Pools(), 6, 0.0, 3, "ab")
+    for name in "ab":
+        assert [b["restart"] for b in again.all(name, "block")] == [
+            b["restart"] for b in whole.all(name, "block")
+        ]
+    points = {name: speed_figures.result(again, target(name), POINTS, 0.0)[0]["points"][0] for name in "ab"}
+    late = min(before, key=before.get)
+    assert points[late]["process"] == [0, 0, 1, 2, 3, 3], (
+        "what was cut off in its second process went on in another"
+    )
+    rounds = [set(p["round"]) for p in points.values()]
+    assert len(rounds[0] & rounds[1]) == 5 and len(rounds[0] | rounds[1]) == 7, (
+        "the round that was cut has no pair"
+    )
 
 
 def test_a_model_that_breaks_is_told_and_asked_no_more(tmp_path):
@@ -136,7 +208,7 @@ def test_a_slow_model_is_asked_for_fewer_tokens_and_every_prompt_has_the_asked_l
     pool = Stand(None)
     pool.replies = counting(pool)
     journal = measured(tmp_path, pool, 0.0, 2)
-    found, _ = speed.result(journal, target(), POINTS, 0.0)
+    found, _ = speed_figures.result(journal, target(), POINTS, 0.0)
     assert found["shortened_to_tokens"] == 10 == pool.asked[-1]["max_tokens"]
     assert found["prompt_tokens"][0] == pytest.approx(128, abs=2)
 

@@ -17,6 +17,7 @@ import pytest
 from edgeft.bench import Workload, autotune, bench, memory, roofline
 from edgeft.bench.callers import caller
 from edgeft.bench.pool import need_bytes
+from edgeft.bench.schema import faults
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target, find
 from edgeft.engines import run_profile
@@ -31,6 +32,7 @@ QUICK = {
     "points": (Point(32, 24),),
     "repetitions": 2,
     "speed_seconds": 0.0,
+    "restarts": 1,
     "fidelity_rows": 3,
     "context": 1024,
 }
@@ -111,16 +113,23 @@ def test_a_killed_run_goes_on_where_it_was(tiny_dist, tasks, tmp_path):
     out = tmp_path / "report"
     command = [
         sys.executable, "-m", "edgeft", "bench", str(tiny_dist / "dist" / "gguf-f16"), str(tiny_dist / "dist" / "gguf-q4_k_m"), "--tasks",
-        str(tasks), "--out", str(out), "--repetitions", "2", "--speed-seconds", "0", "--speed-points", "32x24", "--no-fidelity", "--quiet",
+        str(tasks), "--out", str(out), "--restarts", "2", "--repetitions", "2",
+        "--speed-seconds", "0", "--speed-points", "32x24", "--no-fidelity", "--quiet",
     ]  # fmt: skip
     journal = out / ".work" / "journal.jsonl"
-    first = subprocess.Popen(command, start_new_session=True)
-    for _ in range(1200):
-        if journal.is_file() and journal.read_text().count('"answer"') >= 3:
-            break
-        time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+
+    def killed_at(kind: str, times: int) -> None:
+        first = subprocess.Popen(command, start_new_session=True)
+        for _ in range(2400):
+            if journal.is_file() and journal.read_text().count(f'"{kind}"') >= times:
+                break
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+
+    killed_at("block", 3)  # one model's second process has been timed, the other's not
+    assert '"answered"' not in journal.read_text(), "the kill must come in the middle"
+    killed_at("answer", 3)
     kept = [json.loads(line) for line in journal.read_text().splitlines()[1:] if line.endswith("}")]
     answers = [k["value"] for k in kept if k["kind"] == "answer"]
     assert 3 <= len(answers) < 20, "the kill must come in the middle"
@@ -130,6 +139,18 @@ def test_a_killed_run_goes_on_where_it_was(tiny_dist, tasks, tmp_path):
     assert len(items) == 20 and len({(i["model_id"], i["item_id"]) for i in items}) == 20
     assert [i["e2e_s"] for i in items[: len(answers)]] == [a["e2e_s"] for a in answers], (
         "what was answered is not asked again"
+    )
+    blocks = [k["value"] for k in kept if k["kind"] == "block"]
+    for result in json.loads((out / "report.json").read_text())["results"]:
+        assert result["speed"]["processes"] == 2 == result["speed"]["rounds"], (
+            "a process a restart, none timed twice"
+        )
+        assert result["speed"]["points"][0]["process"][0] == 0
+    assert len(blocks) == 4 and len({b["begun_s"] for b in blocks}) == 4
+    page = (out / "report.md").read_text()
+    assert (
+        "Each model was timed in 2 processes" in page
+        and faults(json.loads((out / "report.json").read_text())) == []
     )
 
 

@@ -57,7 +57,7 @@ def line(tmp_path_factory):
     )
     edgeft("compress", "smollm2-135m-instruct", "--adapter", home / "adapter", "--to", "gguf:f16", "--to", "gguf:q4_k_m",
            "--to", "onnx:int8", "--out", home / "dist")  # fmt: skip
-    edgeft("bench", home / "dist", "--tasks", DESK / "select.jsonl", "--limit", "24", "--repetitions", "2",
+    edgeft("bench", home / "dist", "--tasks", DESK / "select.jsonl", "--limit", "24", "--repetitions", "2", "--restarts", "1",
            "--speed-seconds", "0", "--speed-points", "64x16", "--fidelity-rows", "6", "--out", home / "report")  # fmt: skip
     return home
 

@@ -78,6 +78,13 @@ for _command in (*bench_runs.COMMANDS, *bench_lm_eval.COMMANDS, bench_pack.pack_
     help="Time of a model's rounds at most, unless its medians are known within 5 % before.",
 )
 @click.option(
+    "--restarts",
+    type=click.IntRange(1, 20),
+    default=3,
+    show_default=True,
+    help="Processes that a model is timed in, one after another, within that time; intervals are over them from 3 on.",
+)
+@click.option(
     "--load",
     "load_levels",
     metavar="N,N,…",
@@ -165,6 +172,7 @@ def run_command(
     speed_points: str,
     repetitions: int,
     speed_seconds: float,
+    restarts: int,
     load_levels: str | None,
     load_seconds: float,
     sustained_seconds: float,
@@ -203,6 +211,7 @@ def run_command(
         points=read_points(speed_points),
         repetitions=repetitions,
         speed_seconds=speed_seconds,
+        restarts=restarts,
         load_levels=read_levels(load_levels),
         load_seconds=load_seconds,
         sustained_seconds=sustained_seconds,

@@ -50,7 +50,8 @@ def compare_command(places: tuple[str, ...], baseline: str | None, gate: bool) -
         raise GateError(next(v["why"] for v in verdicts if v["exit"] == 1), _again(places, baseline))
     if gate and any(v["exit"] == 4 for v in verdicts):
         raise Inconclusive(
-            next(v["why"] for v in verdicts if v["exit"] == 4), "edgeft bench run … with more --repetitions"
+            next(v["why"] for v in verdicts if v["exit"] == 4),
+            "edgeft bench run … with more --restarts or --repetitions",
         )
 
 
