@@ -113,8 +113,6 @@ def _merge(message: dict[str, Any], delta: dict[str, Any]) -> None:
         call["function"]["arguments"] += function.get("arguments") or ""
 
 
-
-
 def look(chunk: Chunk) -> tuple[bool, bool]:
     """(the chunk carries something that the model wrote, a choice is finished). Raises BrokenStream where it has no known shape."""
     said = finished = False

@@ -30,11 +30,11 @@ class Exchange(asyncio.Protocol):
         self.alarm: asyncio.TimerHandle | None = None  # one a connection, not one a wait
         self.alarm_at = 0.0
         self.idle_since = 0.0
+        self.parser = httptools.HttpResponseParser(self)
         self.reset()
 
     def reset(self) -> None:
         """Ready for the next answer."""
-        self.parser = httptools.HttpResponseParser(self)
         self.headers: dict[str, str] = {}
         self.header_bytes = 0
         self.waiting: list[bytes] = []
