@@ -28,6 +28,7 @@ SPEC: dict[str, Any] = {
 }
 WORD = re.compile(r"\w+")
 WORDS_ALONE = bytes(c if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
+SIGNS = np.array([-1.0, 1.0])  # by a hash's top bit
 # By count; a text of so many characters has fewer words and pairs. [0] is never asked for.
 LOG_COUNTS = np.concatenate(([0.0], 1.0 + np.log(np.arange(1, MAX_CHARACTERS + 1))))
 
@@ -43,8 +44,8 @@ def arrays(text: str) -> tuple[np.ndarray, np.ndarray]:
     spaced = b"\0 ".join(words).split(b"\0")[1:]
     pairs = map(crc32, spaced, singles)
     hashed, counts = _counted(np.frombuffer(array("I", [*singles, *pairs]), np.uint32))
-    weights = LOG_COUNTS[counts]
-    dense = np.bincount(hashed % DIMENSIONS, np.where(hashed < 1 << 31, -weights, weights), DIMENSIONS)
+    values = LOG_COUNTS[counts] * SIGNS[hashed >> 31]
+    dense = np.bincount(hashed % DIMENSIONS, values, DIMENSIONS)
     columns = (dense != 0).nonzero()[0]
     found = dense.take(columns)
     return columns, found / math.sqrt(found @ found) if len(found) else found
@@ -53,7 +54,8 @@ def arrays(text: str) -> tuple[np.ndarray, np.ndarray]:
 def _counted(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(each value once, ascending; how often it stands there) of at least one value: np.unique in a third of its time."""
     ordered = np.sort(hashed)
-    edge = np.ones(len(ordered) + 1, bool)
+    edge = np.empty(len(ordered) + 1, bool)
+    edge[0] = edge[-1] = True
     np.not_equal(ordered[1:], ordered[:-1], out=edge[1:-1])
     edges = edge.nonzero()[0]
     return ordered.take(edges[:-1]), edges[1:] - edges[:-1]

@@ -51,7 +51,7 @@ def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) ->
 def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     """Score of the first candidate and gains of the others, unclipped."""
     weights = policy.by_column.take(features.columns, axis=0)
-    text = (features.values @ weights + policy.bias).tolist()
+    text = (features.values @ weights + policy.bias_row).tolist()
     if features.embedding is None or "blend" not in policy.arrays:
         return text  # type: ignore[no-any-return]
     from edgeft.router.embedding import mix

@@ -62,6 +62,11 @@ class LoadedPolicy:
         return np.ascontiguousarray(np.array(self.weights).T)
 
     @cached_property
+    def bias_row(self) -> np.ndarray:
+        """The biases as float64 [K]."""
+        return np.array(self.bias)
+
+    @cached_property
     def candidates(self) -> dict[str, dict[str, Any]]:
         """Id -> candidate, cheapest first; the last one is the strongest."""
         return {c["id"]: c for c in self.policy.candidates}
