@@ -53,7 +53,7 @@ def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     weights = policy.by_column.take(features.columns, axis=0)
     text = (features.values @ weights + policy.bias_row).tolist()
     if features.embedding is None or "blend" not in policy.arrays:
-        return text  # type: ignore[no-any-return]
+        return text
     from edgeft.router.embedding import mix
 
     spec = policy.policy.features["embedding"]
