@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from zlib import crc32
 
@@ -113,9 +114,7 @@ def features_by_definition(text: str) -> tuple[np.ndarray, np.ndarray]:
     """features.SPEC, word by word: what the weights of every policy on disk were fitted on."""
     words = [word.encode(errors="replace") for word in re.findall(r"\w+", text[:2000].lower())]
     hashed, counts = np.unique(
-        np.array(
-            [*map(crc32, words), *map(crc32, map(b" ".join, zip(words, words[1:], strict=False)))], np.int64
-        ),
+        np.array([*map(crc32, words), *map(crc32, map(b" ".join, pairwise(words)))], np.int64),
         return_counts=True,
     )
     values = 1.0 + np.log(counts)

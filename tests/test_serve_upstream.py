@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
@@ -144,3 +145,42 @@ def test_litellm_chunks_and_errors(monkeypatch):
         )
         refused = stage.chat(SECRET)
         assert refused.status_code == 400 and SECRET not in refused.text
+
+
+def test_what_is_sent_in_one_turn_of_the_loop_is_one_write():
+    from edgeft.serve.writes import MOST_HELD_BYTES, Gathered
+
+    class Transport:
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+            self.closed = False
+
+        def write(self, data: bytes) -> None:
+            assert not self.closed
+            self.sent.append(data)
+
+        def is_closing(self) -> bool:
+            return self.closed
+
+        def close(self) -> None:
+            self.closed = True
+
+    async def scenario() -> None:
+        inner = Transport()
+        outer: Any = Gathered(inner)  # type: ignore[arg-type]
+        outer.write(b"head")
+        outer.write(b"body")
+        assert inner.sent == []
+        await asyncio.sleep(0)
+        assert inner.sent == [b"headbody"] and not outer.is_closing()
+        outer.write(b"x" * (MOST_HELD_BYTES + 1))
+        assert len(inner.sent) == 2, "so that flow control sees it"
+        outer.write(b"last")
+        outer.close()
+        await asyncio.sleep(0)
+        assert inner.sent[2:] == [b"last"] and inner.closed
+        outer.write(b"too late")
+        await asyncio.sleep(0)
+        assert len(inner.sent) == 3
+
+    asyncio.run(scenario())
