@@ -37,7 +37,7 @@ def serve(config: Config, reread: Any = None) -> int:
     import uvicorn
 
     from edgeft.serve.running import Running
-    from edgeft.serve.writes import GatheringProtocol
+    from edgeft.serve.writes import HeadHeldProtocol
 
     running = Running(config)
     bound = bind(config.listen.host, config.listen.port)
@@ -45,7 +45,7 @@ def serve(config: Config, reread: Any = None) -> int:
         app = running.start()
         settings = uvicorn.Config(
             app,
-            http=GatheringProtocol,
+            http=HeadHeldProtocol,
             lifespan="on",
             log_config=None,
             access_log=False,

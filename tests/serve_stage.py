@@ -33,7 +33,7 @@ from edgeft.serve.app import create_app
 from edgeft.serve.cache import AnswerCache
 from edgeft.serve.config import Cache, Config, Limits, Model
 from edgeft.serve.upstream import Features, HttpUpstream
-from edgeft.serve.writes import GatheringProtocol
+from edgeft.serve.writes import HeadHeldProtocol
 from edgeft.types import Policy
 
 KEY = "fake-key"
@@ -99,7 +99,7 @@ def running(app: Any) -> Iterator[httpx.Client]:
         bound.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
             uvicorn.Config(
-                app, http=GatheringProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=2
+                app, http=HeadHeldProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=2
             )
         )
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)

@@ -147,8 +147,8 @@ def test_litellm_chunks_and_errors(monkeypatch):
         assert refused.status_code == 400 and SECRET not in refused.text
 
 
-def test_what_is_sent_in_one_turn_of_the_loop_is_one_write():
-    from edgeft.serve.writes import MOST_HELD_BYTES, Gathered
+def test_a_head_goes_out_with_what_follows_it():
+    from edgeft.serve.writes import HeadHeld
 
     class Transport:
         def __init__(self) -> None:
@@ -167,20 +167,19 @@ def test_what_is_sent_in_one_turn_of_the_loop_is_one_write():
 
     async def scenario() -> None:
         inner = Transport()
-        outer: Any = Gathered(inner)  # type: ignore[arg-type]
-        outer.write(b"head")
-        outer.write(b"body")
+        outer: Any = HeadHeld(inner)  # type: ignore[arg-type]
+        outer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         assert inner.sent == []
+        outer.write(b"body")
+        outer.write(b"more")
+        assert inner.sent == [b"HTTP/1.1 200 OK\r\n\r\nbody", b"more"] and not outer.is_closing()
+        outer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         await asyncio.sleep(0)
-        assert inner.sent == [b"headbody"] and not outer.is_closing()
-        outer.write(b"x" * (MOST_HELD_BYTES + 1))
-        assert len(inner.sent) == 2, "so that flow control sees it"
-        outer.write(b"last")
+        assert len(inner.sent) == 3, "nothing followed in this turn of the loop"
+        outer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
         outer.close()
+        assert inner.sent[3:] == [b"HTTP/1.1 204 No Content\r\n\r\n"] and inner.closed
         await asyncio.sleep(0)
-        assert inner.sent[2:] == [b"last"] and inner.closed
-        outer.write(b"too late")
-        await asyncio.sleep(0)
-        assert len(inner.sent) == 3
+        assert len(inner.sent) == 4
 
     asyncio.run(scenario())
