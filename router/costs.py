@@ -46,11 +46,11 @@ def cost_of(
 
 def seconds_of(candidate: Mapping[str, Any], prompt_tokens: int, output_tokens: float) -> float:
     """Predicted seconds of an answer without its queue: from measured rates, else the measured mean, else 0."""
-    ttft, per_prompt, per_output = (
-        candidate.get(k) for k in ("ttft_s", "s_per_prompt_token", "s_per_output_token")
-    )
+    per_output: float | None = candidate.get("s_per_output_token")
     if per_output is not None:
-        return (ttft or 0.0) + (per_prompt or 0.0) * prompt_tokens + per_output * output_tokens
+        before = candidate.get("ttft_s") or 0.0
+        per_prompt = candidate.get("s_per_prompt_token") or 0.0
+        return before + per_prompt * prompt_tokens + per_output * output_tokens
     return candidate.get("mean_e2e_s") or 0.0
 
 

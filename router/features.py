@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
@@ -26,23 +27,38 @@ SPEC: dict[str, Any] = {
     "max_characters": MAX_CHARACTERS,
 }
 WORD = re.compile(r"\w+")
-ASCII_WORD = re.compile(rb"\w+")
+WORDS_ALONE = bytes(c if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
+SIGNS = np.array([-1.0, 1.0])  # by a hash's top bit
+# By count; a text of so many characters has fewer words and pairs. [0] is never asked for.
+LOG_COUNTS = np.concatenate(([0.0], 1.0 + np.log(np.arange(1, MAX_CHARACTERS + 1))))
 
 
 def arrays(text: str) -> tuple[np.ndarray, np.ndarray]:
     """(columns, ascending int64 [n]; values, float64 [n], of length 1); both empty where the text has no word."""
     start = text[:MAX_CHARACTERS].lower()
     words = _ascii_words(start) if start.isascii() else _words(start)
+    if not words:
+        return np.zeros(0, np.int64), np.zeros(0)
     singles = list(map(crc32, words))
-    # crc32(b, crc32(a)) is crc32(a + b): the pair "a b" without joining it.
-    pairs = map(crc32, map(b" ".__add__, words[1:]), singles)
-    hashed, counts = np.unique(np.array([*singles, *pairs], np.int64), return_counts=True)
-    values = 1.0 + np.log(counts)
-    values[hashed < 1 << 31] *= -1.0
+    # crc32(b" b", crc32(a)) is that of the pair "a b"; no word holds a zero byte.
+    spaced = b"\0 ".join(words).split(b"\0")[1:]
+    pairs = map(crc32, spaced, singles)
+    hashed, counts = _counted(np.frombuffer(array("I", [*singles, *pairs]), np.uint32))
+    values = LOG_COUNTS[counts] * SIGNS[hashed >> 31]
     dense = np.bincount(hashed % DIMENSIONS, values, DIMENSIONS)
-    columns = np.flatnonzero(dense)
-    found = dense[columns]
+    columns = (dense != 0).nonzero()[0]
+    found = dense.take(columns)
     return columns, found / math.sqrt(found @ found) if len(found) else found
+
+
+def _counted(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(each value once, ascending; how often it stands there) of at least one value: np.unique in a third of its time."""
+    ordered = np.sort(hashed)
+    edge = np.empty(len(ordered) + 1, bool)
+    edge[0] = edge[-1] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=edge[1:-1])
+    edges = edge.nonzero()[0]
+    return ordered.take(edges[:-1]), edges[1:] - edges[:-1]
 
 
 def vector(text: str) -> dict[int, float]:
@@ -52,9 +68,8 @@ def vector(text: str) -> dict[int, float]:
 
 
 def _ascii_words(text: str) -> list[bytes]:
-    """The same as `_words`, without encoding each."""
-    found: list[bytes] = ASCII_WORD.findall(text.encode())
-    return found
+    """The same as `_words`, without a regular expression and without encoding each."""
+    return text.encode().translate(WORDS_ALONE).split()
 
 
 def _words(text: str) -> list[bytes]:

@@ -50,9 +50,10 @@ def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) ->
 
 def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     """Score of the first candidate and gains of the others, unclipped."""
-    text = (policy.matrix[:, features.columns] @ features.values + policy.bias).tolist()
+    weights = policy.by_column.take(features.columns, axis=0)
+    text = (features.values @ weights + policy.bias_row).tolist()
     if features.embedding is None or "blend" not in policy.arrays:
-        return list(text)
+        return text
     from edgeft.router.embedding import mix
 
     spec = policy.policy.features["embedding"]

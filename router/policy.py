@@ -57,16 +57,21 @@ class LoadedPolicy:
     encoder: Any = field(default=None, compare=False)  # text -> embedding, where the policy has such a head
 
     @cached_property
-    def matrix(self) -> np.ndarray:
-        """The weights as float64 [K, D]."""
-        return np.array(self.weights)
+    def by_column(self) -> np.ndarray:
+        """The weights as float64 [D, K]: what a hashed column adds lies side by side."""
+        return np.ascontiguousarray(np.array(self.weights).T)
 
-    @property
+    @cached_property
+    def bias_row(self) -> np.ndarray:
+        """The biases as float64 [K]."""
+        return np.array(self.bias)
+
+    @cached_property
     def candidates(self) -> dict[str, dict[str, Any]]:
         """Id -> candidate, cheapest first; the last one is the strongest."""
         return {c["id"]: c for c in self.policy.candidates}
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """A hash of everything that decides: what a certificate and a log line name."""
         return policy_sha256(self.policy)

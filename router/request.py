@@ -9,6 +9,7 @@ from typing import Any
 from edgeft.router.features import content_text, request_text
 
 CHARS_PER_TOKEN = 4  # an estimate for what no tokenizer has counted
+SHAPES = ("tools", "functions", "response_format", "stop", "user", "metadata")
 IMAGE_CHARS = 4000  # an image counts as about a thousand tokens
 
 
@@ -41,11 +42,7 @@ class Request:
         """Tokens of the prompt, counted or estimated."""
         if self.prompt_tokens is not None:
             return self.prompt_tokens
-        characters = sum(len(content_text(m.get("content"))) for m in self.messages)
-        images = sum(_images(m.get("content")) for m in self.messages)
-        return (characters + len(self.extra_text) + IMAGE_CHARS * images) // CHARS_PER_TOKEN + 4 * len(
-            self.messages
-        )
+        return tokens_of(self.messages, self.extra_text)
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,13 @@ def from_openai(body: Mapping[str, Any], **known: Any) -> Request:
 
     messages = body["messages"]
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    shapes = {
-        name: body[name]
-        for name in ("tools", "functions", "response_format", "stop", "user", "metadata")
-        if body.get(name)
-    }
+    shapes = {name: body[name] for name in SHAPES if body.get(name)}
+    extra = json.dumps(shapes, ensure_ascii=False) if shapes else ""
     fields: dict[str, Any] = {
         "tools": bool(body.get("tools") or body.get("functions")) or uses_tools(messages),
         "max_tokens": limit,
-        "extra_text": json.dumps(shapes, ensure_ascii=False) if shapes else "",
+        "prompt_tokens": tokens_of(messages, extra),
+        "extra_text": extra,
     }
     return Request(messages, **{**fields, **known})
 
@@ -91,7 +86,16 @@ def uses_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
     return any(m.get("tool_calls") or m.get("role") in ("tool", "function") for m in messages)
 
 
-def _images(content: Any) -> int:
-    if not isinstance(content, list):
-        return 0
+def tokens_of(messages: Sequence[Mapping[str, Any]], extra_text: str = "") -> int:
+    """An estimate of a prompt's tokens."""
+    characters = len(extra_text)
+    for message in messages:
+        content = message.get("content")
+        characters += len(content_text(content))
+        if isinstance(content, list):
+            characters += IMAGE_CHARS * _images(content)
+    return characters // CHARS_PER_TOKEN + 4 * len(messages)
+
+
+def _images(content: Sequence[Any]) -> int:
     return sum(1 for part in content if isinstance(part, dict) and part.get("type") not in ("text", None))

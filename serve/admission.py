@@ -10,8 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 FIRST_GUESS_S = 2.0
 WEIGHT = 0.2  # of the newest service time in the running mean
@@ -30,10 +29,19 @@ class Busy(Exception):
 
 
 class Turn:
-    """One request's use of a slot. Times are of the monotonic clock."""
+    """One request's use of a slot, held for the length of its block. Times are of the monotonic clock."""
 
-    def __init__(self) -> None:
-        self.began_s, self.ended_s = time.monotonic(), None  # type: float, float | None
+    def __init__(self, admission: Admission, prompt_tokens: int, promised_s: float | None) -> None:
+        self.admission, self.prompt_tokens, self.promised_s = admission, prompt_tokens, promised_s
+        self.began_s, self.ended_s = 0.0, None  # type: float, float | None
+
+    async def __aenter__(self) -> Turn:
+        await self.admission.enter(self.prompt_tokens, self.promised_s)
+        self.begin()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.admission.leave(None if self.ended_s is None else self.ended_s - self.began_s)
 
     def begin(self) -> None:
         """The engine is there: its time runs from now."""
@@ -89,22 +97,25 @@ class Admission:
         known = self.s_per_prompt_token
         self.s_per_prompt_token = rate if known is None else known + WEIGHT * (rate - known)
 
-    @asynccontextmanager
-    async def slot(self, prompt_tokens: int = 0, promised_s: float | None = None) -> AsyncIterator[Turn]:
-        """Hold a slot for the length of the block. Raises Busy as `refuse` says. Only a block that calls `done` counts as a service time."""
+    def slot(self, prompt_tokens: int = 0, promised_s: float | None = None) -> Turn:
+        """A slot for the length of an `async with`, which raises Busy as `refuse` says. Only a block that calls `done` counts as a
+        service time."""
+        return Turn(self, prompt_tokens, promised_s)
+
+    async def enter(self, prompt_tokens: int, promised_s: float | None) -> None:
+        """Take a slot, or wait for one."""
         if busy := self.refuse(prompt_tokens, promised_s):
             raise busy
         if self.in_flight < self.slots:
             self.in_flight += 1
         else:
             await self._queue()
-        turn = Turn()
-        try:
-            yield turn
-        finally:
-            if turn.ended_s is not None:
-                self._served(turn.ended_s - turn.began_s)
-            self._leave()
+
+    def leave(self, served_s: float | None) -> None:
+        """Give a slot back; `served_s` is None where nothing was served."""
+        if served_s is not None:
+            self._served(served_s)
+        self._leave()
 
     def _served(self, seconds: float) -> None:
         self.seen += 1

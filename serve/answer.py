@@ -17,6 +17,8 @@ from edgeft.serve.protocol import CHAT, COMPLETION, Kind
 Chunk = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
 MOST_CHOICES = 128
+TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
+SAID = (*TEXTS, "tool_calls")
 
 
 class BrokenStream(Exception):
@@ -76,7 +78,8 @@ class Answer:
                     _merge(choice.message, delta)
                 if text := part.get("text"):
                     choice.text += text
-                choice.finish_reason = part.get("finish_reason") or choice.finish_reason
+                if reason := part.get("finish_reason"):
+                    choice.finish_reason = reason
                 if found := part.get("logprobs"):
                     choice.logprobs = _joined(choice.logprobs, found)
         except (AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
@@ -94,8 +97,8 @@ def _joined(known: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any
 
 
 def _merge(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    for name in ("content", "reasoning_content", "reasoning", "refusal"):
-        if (said := delta.get(name)) is not None:
+    for name, said in delta.items():
+        if said is not None and name in TEXTS:
             message[name] = (message.get(name) or "") + said
     for part in delta.get("tool_calls") or []:
         calls = message.setdefault("tool_calls", [])
@@ -110,17 +113,15 @@ def _merge(message: dict[str, Any], delta: dict[str, Any]) -> None:
         call["function"]["arguments"] += function.get("arguments") or ""
 
 
-SAID = ("content", "tool_calls", "reasoning_content", "reasoning", "refusal")
-
-
 def look(chunk: Chunk) -> tuple[bool, bool]:
     """(the chunk carries something that the model wrote, a choice is finished). Raises BrokenStream where it has no known shape."""
     said = finished = False
     try:
         for choice in chunk.get("choices") or ():
             finished = finished or bool(choice.get("finish_reason"))
-            delta = choice.get("delta")
-            said = said or bool(choice.get("text")) or bool(delta and any(delta.get(name) for name in SAID))
+            if not said:
+                delta = choice.get("delta") or {}
+                said = bool(choice.get("text") or delta.get("content") or any(map(delta.get, SAID)))
     except (AttributeError, TypeError) as error:
         raise BrokenStream(f"a chunk has an unknown shape ({type(error).__name__})") from None
     return said, finished
@@ -135,10 +136,18 @@ class Head:
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
     begun: set[int] = field(default_factory=set)  # choices whose role was told
+    opened: tuple[str | None, bytes] = (None, b"")  # the model that it is of; every event up to its choices
 
     def of(self, name: str) -> dict[str, Any]:
         """The first fields of a reply of one kind."""
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+    def opening(self) -> bytes:
+        """An event with choices, up to these."""
+        if self.opened[0] != self.model:
+            same = orjson.dumps(self.of(self.kind.chunk_object))
+            self.opened = (self.model, b"data: " + same[:-1] + b',"choices":')
+        return self.opened[1]
 
 
 def event(value: dict[str, Any]) -> bytes:
@@ -150,20 +159,19 @@ def forward(head: Head, chunk: Chunk) -> bytes:
     """An upstream's chunk under our head, its usage left out; the first of each choice names the role. Empty for a chunk without choices."""
     kept = []
     for part in chunk.get("choices") or ():
-        choice = {k: part[k] for k in ("index", "delta", "text", "finish_reason", "logprobs") if k in part}
-        choice.setdefault("index", 0)
-        choice.setdefault("finish_reason", None)
-        if head.kind is CHAT:
-            delta = choice.get("delta") or {}
-            if choice["index"] not in head.begun:
-                head.begun.add(choice["index"])
-                delta = {**delta, "role": "assistant"}
-            choice["delta"] = delta
+        index = part.get("index", 0)
+        choice = {"index": index, "finish_reason": part.get("finish_reason")}
+        if "logprobs" in part or head.kind is COMPLETION:
+            choice["logprobs"] = part.get("logprobs")
+        if head.kind is COMPLETION:
+            choice["text"] = part.get("text", "")
         else:
-            choice.setdefault("text", "")
-            choice.setdefault("logprobs", None)
+            delta = choice["delta"] = part.get("delta") or {}
+            if index not in head.begun:
+                head.begun.add(index)
+                choice["delta"] = {**delta, "role": "assistant"}
         kept.append(choice)
-    return event({**head.of(head.kind.chunk_object), "choices": kept}) if kept else b""
+    return head.opening() + orjson.dumps(kept) + b"}\n\n" if kept else b""
 
 
 def usage_event(head: Head, answer: Answer) -> bytes:

@@ -18,15 +18,19 @@ from edgeft.serve.refusals import at_limit, not_ready
 from edgeft.serve.upstream import Upstream
 
 
-async def calls(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> AsyncGenerator[Chunk]:
-    """One call, or n of them at once where the engine gives one answer a call; usage is then their sum."""
-    n = asked.n
+def calls(proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str) -> AsyncGenerator[Chunk]:
+    """One call, or n of them at once where the engine gives one answer a call."""
     upstream = proxy.upstreams.get(candidate_id)
-    if n == 1 or upstream is None or upstream.features.n:
-        async with aclosing(once(proxy, plan, asked, candidate_id, asked.fields)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        return
+    if asked.n == 1 or upstream is None or upstream.features.n:
+        return once(proxy, plan, asked, candidate_id, asked.fields)
+    return several(proxy, plan, asked, candidate_id, upstream)
+
+
+async def several(
+    proxy: Proxy, plan: Plan, asked: Asked, candidate_id: str, upstream: Upstream
+) -> AsyncGenerator[Chunk]:
+    """n calls at once; usage is their sum."""
+    n = asked.n
     news: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue()
     room = asyncio.Semaphore(upstream.slots)  # its calls queue behind each other, not before others'
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -77,14 +77,12 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
     """The plan for a request. Raises Refusal (404) for a model that is not served, (403) for one that may not take a private request,
     (400) where nobody can take it or it is longer than is allowed."""
     policy, adapter = proxy.policy, asked.options.get("adapter")
-    request = request_of(asked, tenant)
-    conversation = None
+    previous = None
     if asked.kind is CHAT and policy.policy.rule.get("sticky", True) and (said := last_said(asked.messages)):
-        conversation = conversation_hash(tenant, asked.messages[:said])
-        if (before := proxy.conversations.get(conversation)) in policy.candidates:
-            request = replace(request, previous=before)
+        before = proxy.conversations.get(conversation_hash(tenant, asked.messages[:said]))
+        previous = before if before in policy.candidates else None
+    request = request_of(asked, tenant, previous)
     tokens = request.tokens
-    request = replace(request, prompt_tokens=tokens)  # counted once
     most = proxy.config.limits.prompt_tokens
     if most is not None and tokens > most:
         raise Refusal(
@@ -94,11 +92,7 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
             code="prompt_too_long",
         )
     unable = unable_for(proxy, asked, tokens)
-    facts = {
-        name: found
-        for name, upstream in proxy.upstreams.items()
-        if adapter is not None and (found := getattr(upstream, "adapter_facts", {}).get(adapter))
-    }
+    facts = {} if adapter is None else facts_of(proxy, adapter)
     state = proxy.moment(frozenset(unable))
     common: dict[str, Any] = {
         "policy": policy, "tenant": tenant, "prompt_tokens": tokens, "request": request, "adapter": adapter, "adapter_facts": facts,
@@ -179,10 +173,19 @@ async def known_of(proxy: Proxy, policy: LoadedPolicy, text: str) -> Known:
     return known
 
 
-def request_of(asked: Asked, tenant: str | None) -> Request:
-    """The request as the router reads it."""
+def facts_of(proxy: Proxy, adapter: str) -> dict[str, str]:
+    """Candidate -> what its adapter of this name is."""
+    return {
+        name: found
+        for name, upstream in proxy.upstreams.items()
+        if (found := getattr(upstream, "adapter_facts", {}).get(adapter))
+    }
+
+
+def request_of(asked: Asked, tenant: str | None, previous: str | None = None) -> Request:
+    """The request as the router reads it, its tokens counted or estimated once. `previous` answered the conversation before."""
     own = asked.options
-    known: dict[str, Any] = {"tenant": tenant}
+    known: dict[str, Any] = {"tenant": tenant, "previous": previous}
     if own:
         known |= {name: own[name] for name in LIMITS if name in own}
         known |= {"tags": frozenset(own.get("tags", ())), "private": bool(own.get("private"))}

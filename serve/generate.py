@@ -15,20 +15,23 @@ from edgeft.serve.failover import ROUTE, first_able
 from edgeft.serve.protocol import Asked
 from edgeft.serve.proxy import Proxy
 
-__all__ = ["ROUTE", "produce", "shared"]
+__all__ = ["ROUTE", "shared"]
 
 
-async def produce(proxy: Proxy, plan: Plan, asked: Asked, key: str | None) -> AsyncGenerator[Chunk]:
-    """The answer, kept under `key` where there is one. The first item is {ROUTE: id, "told": …}."""
+def produce(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chunk]:
+    """The answer. The first item is {ROUTE: id, "told": …}."""
+    return drafted(proxy, plan, asked) if plan.draft else first_able(proxy, plan, asked, plan.order)
+
+
+async def kept(proxy: Proxy, plan: Plan, asked: Asked, key: str) -> AsyncGenerator[Chunk]:
+    """The answer, which is then put into the cache."""
     answer = Answer()
-    async with aclosing(
-        drafted(proxy, plan, asked) if plan.draft else first_able(proxy, plan, asked, plan.order)
-    ) as chunks:
+    async with aclosing(produce(proxy, plan, asked)) as chunks:
         async for chunk in chunks:
-            if key and ROUTE not in chunk:
+            if ROUTE not in chunk:
                 answer.add(chunk)
             yield chunk
-    if key and proxy.cache and answer.whole:
+    if proxy.cache and answer.whole:
         # Somebody else's answer is kept under that one's key, except where a judge sent it on: then it is the answer of the pair.
         place: str | None = key
         if plan.draft:
@@ -42,5 +45,5 @@ async def produce(proxy: Proxy, plan: Plan, asked: Asked, key: str | None) -> As
 def shared(proxy: Proxy, key: str | None, plan: Plan, asked: Asked) -> AsyncIterator[Chunk]:
     """The answer's chunks; equal requests that may share an answer make one call."""
     if key is None:
-        return produce(proxy, plan, asked, None)
-    return proxy.flights.stream(key, lambda: produce(proxy, plan, asked, key))
+        return produce(proxy, plan, asked)
+    return proxy.flights.stream(key, lambda: kept(proxy, plan, asked, key))

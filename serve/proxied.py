@@ -27,7 +27,7 @@ class Answer:
         self.response, self.status, self.content_type = response, response.status, response.content_type
         self.headers = {name.lower(): value for name, value in response.headers.items()}
 
-    async def parts(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises OSError where it breaks off."""
         import aiohttp
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 MOST_CONVERSATIONS = 20_000
 ABLE = ("ready", "unloaded")
+OUT = ("paused", "ended", "failed", "restarting")
 
 
 @dataclass
@@ -85,13 +86,11 @@ class Proxy:
 
     def moment(self, removed: frozenset[str]) -> State:
         """What `decide` is to know of now. `removed` can't take this request, whatever their state."""
-        unavailable = removed | {
-            name
-            for name in self.policy.candidates
-            if self.state_of(name) in ("paused", "ended", "failed", "restarting")
-        }
-        if unavailable >= self.policy.candidates.keys() - removed:
-            unavailable = removed  # nobody can: the one that is chosen says why
+        unavailable = removed
+        if out := [name for name in self.policy.candidates if self.state_of(name) in OUT]:
+            unavailable = removed.union(out)
+            if unavailable >= self.policy.candidates.keys() - removed:
+                unavailable = removed  # nobody can: the one that is chosen says why
         queues = {name: wait for name, a in self.admissions.items() if (wait := a.wait_s())}
         price = self.watch.price_of_cost() if self.watch else None
         suspended = bool(self.watch and self.watch.suspended())

@@ -37,6 +37,7 @@ def serve(config: Config, reread: Any = None) -> int:
     import uvicorn
 
     from edgeft.serve.running import Running
+    from edgeft.serve.writes import HeadHeldProtocol
 
     running = Running(config)
     bound = bind(config.listen.host, config.listen.port)
@@ -44,6 +45,7 @@ def serve(config: Config, reread: Any = None) -> int:
         app = running.start()
         settings = uvicorn.Config(
             app,
+            http=HeadHeldProtocol,
             lifespan="on",
             log_config=None,
             access_log=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import orjson
@@ -14,29 +14,37 @@ DRAIN_S = 1.0
 MAX_EVENT_BYTES = 16 << 20
 
 
-async def read(parts: AsyncIterator[bytes]) -> AsyncGenerator[Chunk]:
-    """The chunks of an event stream, up to [DONE] or its end.
+class Events:
+    """The chunks of one event stream, up to [DONE] or its end.
 
     Raises BrokenStream for an event that is no JSON object, is too long, or reports an error.
     """
-    rest = b""
-    async for part in parts:
-        lines = (rest + part).split(b"\n") if rest else part.split(b"\n")
-        rest = lines.pop()
-        if len(rest) > MAX_EVENT_BYTES:
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self.done = False  # [DONE] was read
+
+    def take(self, part: bytes) -> Iterator[Chunk]:
+        """The chunks that are whole with these bytes."""
+        lines = (self.rest + part if self.rest else part).split(b"\n")
+        self.rest = lines.pop()
+        if len(self.rest) > MAX_EVENT_BYTES:
             raise BrokenStream("an event has no end")
         for line in lines:
             if line.startswith(b"data:"):
                 data = line[5:].strip()
                 if data == b"[DONE]":
-                    await _drain(parts)
+                    self.done = True
                     return
                 yield _chunk(data)
             elif line.startswith(b"error:"):
                 raise BrokenStream("the engine reported an error")
             # comments, event names, blank lines
-    if rest.startswith(b"data:") and (data := rest[5:].strip()) and data != b"[DONE]":
-        yield _chunk(data)
+
+    def end(self) -> Iterator[Chunk]:
+        """The last one, where no line's end came after it."""
+        if self.rest.startswith(b"data:") and (data := self.rest[5:].strip()) and data != b"[DONE]":
+            yield _chunk(data)
 
 
 def _chunk(data: bytes) -> Any:
@@ -49,7 +57,7 @@ def _chunk(data: bytes) -> Any:
     return chunk
 
 
-async def _drain(parts: AsyncIterator[bytes]) -> None:
+async def drain(parts: AsyncIterator[bytes]) -> None:
     """Read to the end, so that the connection can be used again; an upstream that never ends is left."""
     try:
         async with asyncio.timeout(DRAIN_S):

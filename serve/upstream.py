@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,8 +120,16 @@ class HttpUpstream:
                 if answer.content_type == "text/event-stream" or (
                     streamed and answer.content_type != "application/json"
                 ):
-                    async with aclosing(sse.read(answer.parts())) as chunks:
-                        async for chunk in chunks:
+                    events, parts = sse.Events(), aiter(answer)
+                    async for part in parts:
+                        for chunk in events.take(part):
+                            started = True
+                            yield chunk
+                        if events.done:
+                            await sse.drain(parts)
+                            break
+                    else:
+                        for chunk in events.end():
                             started = True
                             yield chunk
                 else:
@@ -176,7 +184,7 @@ async def refusal_of(answer: Any) -> Refusal:
 async def _json(answer: Any) -> Any:
     parts: list[bytes] = []
     size = 0
-    async for part in answer.parts():
+    async for part in answer:
         size += len(part)
         if size > MAX_ANSWER_BYTES:
             raise BrokenStream("the answer has no end")
@@ -191,7 +199,7 @@ async def _message(answer: Any) -> str:
     """The message in an error's body, at most 300 characters."""
     try:
         body = b""
-        async for part in answer.parts():
+        async for part in answer:
             body += part
             if len(body) > 65536:
                 break

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -28,12 +26,15 @@ class Exchange(asyncio.Protocol):
         self.loop = loop
         self.lost: Exception | None = None
         self.waiter: asyncio.Future[None] | None = None
+        self.silent_at = 0.0  # of the loop's clock: when who waits has waited long enough
+        self.alarm: asyncio.TimerHandle | None = None  # one a connection, not one a wait
+        self.alarm_at = 0.0
         self.idle_since = 0.0
+        self.parser = httptools.HttpResponseParser(self)
         self.reset()
 
     def reset(self) -> None:
         """Ready for the next answer."""
-        self.parser = httptools.HttpResponseParser(self)
         self.headers: dict[str, str] = {}
         self.header_bytes = 0
         self.waiting: list[bytes] = []
@@ -53,6 +54,9 @@ class Exchange(asyncio.Protocol):
         ):
             self.whole = True  # such a body ends with its connection
         self.lost = exc or ConnectionResetError("closed")
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
         self._wake()
 
     def data_received(self, data: bytes) -> None:
@@ -107,21 +111,31 @@ class Exchange(asyncio.Protocol):
         """Wait for bytes. Raises OSError where the connection ends, TimeoutError where it is silent for so long."""
         if self.lost is not None:
             raise self.lost
-        waiter = self.waiter = self.loop.create_future()
-        alarm = self.loop.call_later(silence_s, self._silent, waiter)
-        try:
-            await waiter
-        finally:
-            alarm.cancel()
+        self.silent_at = self.loop.time() + silence_s
+        if self.alarm is None or self.alarm_at > self.silent_at:
+            self._set_alarm()
+        self.waiter = self.loop.create_future()
+        await self.waiter
 
-    @staticmethod
-    def _silent(waiter: asyncio.Future[None]) -> None:
-        if not waiter.done():
-            waiter.set_exception(TimeoutError("silent"))
+    def _set_alarm(self) -> None:
+        if self.alarm is not None:
+            self.alarm.cancel()
+        self.alarm_at = self.silent_at
+        self.alarm = self.loop.call_at(self.alarm_at, self._look)
+
+    def _look(self) -> None:
+        """The alarm rings: too early where bytes have come since it was set."""
+        self.alarm = None
+        if self.waiter is None or self.waiter.done():
+            return
+        if self.loop.time() >= self.silent_at:
+            self.waiter.set_exception(TimeoutError("silent"))
+        else:
+            self._set_alarm()
 
 
 class Answer:
-    """What came back: status, headers, and the body as it comes."""
+    """What came back: status, headers, and the body as it comes, by `async for`: OSError where it breaks off."""
 
     def __init__(self, exchange: Exchange, silence_s: float) -> None:
         self.exchange, self.silence_s = exchange, silence_s
@@ -132,20 +146,34 @@ class Answer:
         """Without its parameters, in lower case."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-    async def parts(self) -> AsyncIterator[bytes]:
-        """The body. Raises OSError where it breaks off."""
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> bytes:
         exchange = self.exchange
-        while True:
-            if exchange.waiting:
-                data, exchange.waiting, exchange.waiting_bytes = b"".join(exchange.waiting), [], 0
-                if exchange.paused:
-                    exchange.paused = False
-                    exchange.transport.resume_reading()
-                yield data
-            elif exchange.whole:
-                return
-            else:
-                await exchange.news(self.silence_s)
+        while not exchange.waiting:
+            if exchange.whole:
+                raise StopAsyncIteration
+            await exchange.news(self.silence_s)
+        data, exchange.waiting, exchange.waiting_bytes = b"".join(exchange.waiting), [], 0
+        if exchange.paused:
+            exchange.paused = False
+            exchange.transport.resume_reading()
+        return data
+
+
+class Asking:
+    """A request that is sent on entering, which gives its answer once the headers are here. Leaving before its end hangs up."""
+
+    def __init__(self, wire: Wire, data: bytes, silence_s: float) -> None:
+        self.wire, self.data, self.silence_s = wire, data, silence_s
+
+    async def __aenter__(self) -> Answer:
+        self.exchange = await self.wire.begin(self.data, self.silence_s)
+        return Answer(self.exchange, self.silence_s)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.wire.end(self.exchange)
 
 
 class Wire:
@@ -172,34 +200,30 @@ class Wire:
         )
         self.idle: list[Exchange] = []
 
-    @asynccontextmanager
-    async def ask(
-        self, method: str, path: str, body: bytes = b"", silence_s: float | None = None
-    ) -> AsyncIterator[Answer]:
-        """Send a request and give its answer once the headers are here. Raises OSError. Leaving before its end hangs up."""
-        silence_s = self.silence_s if silence_s is None else silence_s
+    def ask(self, method: str, path: str, body: bytes = b"", silence_s: float | None = None) -> Asking:
+        """A request; entering it raises OSError."""
         head = (
             f"{method} {self.base}{path} HTTP/1.1\r\n{self.fixed}Content-Length: {len(body)}\r\n\r\n".encode(
                 "latin-1"
             )
         )
-        exchange = await self._begin(head + body, silence_s)
-        try:
-            yield Answer(exchange, silence_s)
-        finally:
-            if (
-                exchange.whole
-                and exchange.lost is None
-                and exchange.keep
-                and not exchange.paused
-                and len(self.idle) < KEPT
-            ):
-                exchange.idle_since = exchange.loop.time()
-                self.idle.append(exchange)
-            else:
-                exchange.transport.abort()
+        return Asking(self, head + body, self.silence_s if silence_s is None else silence_s)
 
-    async def _begin(self, data: bytes, silence_s: float) -> Exchange:
+    def end(self, exchange: Exchange) -> None:
+        """Keep a connection whose answer is whole, hang up on any other."""
+        if (
+            exchange.whole
+            and exchange.lost is None
+            and exchange.keep
+            and not exchange.paused
+            and len(self.idle) < KEPT
+        ):
+            exchange.idle_since = exchange.loop.time()
+            self.idle.append(exchange)
+        else:
+            exchange.transport.abort()
+
+    async def begin(self, data: bytes, silence_s: float) -> Exchange:
         """The exchange whose answer has begun. A kept connection that the server has hung up on meanwhile is replaced once."""
         exchange = self._kept()
         if exchange is not None:

@@ -21,6 +21,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="edgeft[serve] is not installed")
 pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
+pytest.importorskip("httptools", reason="edgeft[serve] is not installed")
 
 import uvicorn
 
@@ -32,6 +33,7 @@ from edgeft.serve.app import create_app
 from edgeft.serve.cache import AnswerCache
 from edgeft.serve.config import Cache, Config, Limits, Model
 from edgeft.serve.upstream import Features, HttpUpstream
+from edgeft.serve.writes import HeadHeldProtocol
 from edgeft.types import Policy
 
 KEY = "fake-key"
@@ -96,7 +98,9 @@ def running(app: Any) -> Iterator[httpx.Client]:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
+            uvicorn.Config(
+                app, http=HeadHeldProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=2
+            )
         )
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
         thread.start()

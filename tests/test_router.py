@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -105,6 +108,39 @@ def test_the_short_way_to_words_is_the_long_one():
 
     for text in ("", "a_b 12, x-y\n\tz's \x1c\x1f q", "".join(map(chr, range(128))) * 2):
         assert _ascii_words(text) == _words(text)
+
+
+def features_by_definition(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """features.SPEC, word by word: what the weights of every policy on disk were fitted on."""
+    words = [word.encode(errors="replace") for word in re.findall(r"\w+", text[:2000].lower())]
+    hashed, counts = np.unique(
+        np.array([*map(crc32, words), *map(crc32, map(b" ".join, pairwise(words)))], np.int64),
+        return_counts=True,
+    )
+    values = 1.0 + np.log(counts)
+    values[hashed < 1 << 31] *= -1.0
+    dense = np.bincount(hashed % 4096, values, 4096)
+    columns = np.flatnonzero(dense)
+    found = dense[columns]
+    return columns, found / np.sqrt(found @ found) if len(found) else found
+
+
+def test_features_are_those_of_the_definition_to_the_last_bit():
+    from edgeft.router.features import arrays
+
+    chance = random.Random(3)
+    letters = "abAB_019 \t\n\0\x1c\x7f.,-'éßÄ\u0130\u212aΩ漢\ud800\u00a0"
+    texts = ["", " !?", "a", "\u212aelvin", "a " * 3000, "x" * 3000, "one two one two one two"]
+    texts += ["".join(chance.choices(letters, k=chance.randrange(80))) for _ in range(300)]
+    texts += [" ".join(chance.choices(WORDS, k=400)) for _ in range(20)]
+    seen = hashlib.sha256()
+    for text in texts:
+        (columns, values), (known, right) = arrays(text), features_by_definition(text)
+        assert columns.tolist() == known.tolist() and values.tobytes() == right.tobytes(), repr(text)
+        seen.update(columns.astype(np.int64).tobytes())
+    assert seen.hexdigest() == "e91465717c9a3f68f577eb31192da7a317026c33e332b6b700b8f280f1b84d2c", (
+        "hashes of another edgeft: its policies would be misread"
+    )
 
 
 def test_features_are_the_same_in_another_process_and_of_length_one():

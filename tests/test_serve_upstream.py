@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import sys
@@ -144,3 +145,41 @@ def test_litellm_chunks_and_errors(monkeypatch):
         )
         refused = stage.chat(SECRET)
         assert refused.status_code == 400 and SECRET not in refused.text
+
+
+def test_a_head_goes_out_with_what_follows_it():
+    from edgeft.serve.writes import HeadHeld
+
+    class Transport:
+        def __init__(self) -> None:
+            self.sent: list[bytes] = []
+            self.closed = False
+
+        def write(self, data: bytes) -> None:
+            assert not self.closed
+            self.sent.append(data)
+
+        def is_closing(self) -> bool:
+            return self.closed
+
+        def close(self) -> None:
+            self.closed = True
+
+    async def scenario() -> None:
+        inner = Transport()
+        outer: Any = HeadHeld(inner)  # type: ignore[arg-type]
+        outer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        assert inner.sent == []
+        outer.write(b"body")
+        outer.write(b"more")
+        assert inner.sent == [b"HTTP/1.1 200 OK\r\n\r\nbody", b"more"] and not outer.is_closing()
+        outer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await asyncio.sleep(0)
+        assert len(inner.sent) == 3, "nothing followed in this turn of the loop"
+        outer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        outer.close()
+        assert inner.sent[3:] == [b"HTTP/1.1 204 No Content\r\n\r\n"] and inner.closed
+        await asyncio.sleep(0)
+        assert len(inner.sent) == 4
+
+    asyncio.run(scenario())

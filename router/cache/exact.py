@@ -16,7 +16,7 @@ from typing import Any
 
 from edgeft.errors import EnvironmentFault, missing_extra
 
-SCHEMA = "edgeft/answer@2"
+SCHEMA = "edgeft/answer@3"
 SIZE_LIMIT_BYTES = 256 << 20
 MAPPED_BYTES = 8 << 20  # of the database; diskcache maps 64 MiB, which all count as the proxy's memory
 # Fields of OpenAI's API that change how an answer is sent or booked, not what it says. A field that is not known counts.
@@ -66,8 +66,28 @@ def key_of(
     """SHA-256 over the canonical request and what answers it."""
     fields = {name: value for name, value in request.items() if name not in NO_EFFECT and name != "model"}
     whole = [SCHEMA, tenant, model, artifact_sha256, adapter_sha256, template_sha256, fields]
-    text = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(whole)).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    """JSON with its keys in order. orjson takes a tenth of the time, but neither lone surrogates nor integers over 64 bits."""
+    import orjson
+
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return text.encode()
+
+
+def _loads(text: str) -> Any:
+    """A kept value. orjson takes a third of the time, but no NaN or infinity, as log-probabilities may be."""
+    import orjson
+
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)
 
 
 def keepable(finish_reason: str | None, message: Mapping[str, Any] | None = None, error: Any = None) -> bool:
@@ -108,7 +128,7 @@ class ExactCache:
         """The kept value (JSON types), or None."""
         try:
             text = self.disk.get(key)
-            return None if text is None else json.loads(text)["value"]
+            return None if text is None else _loads(text)["value"]
         except Exception as error:
             log.warning("cache read failed: %s", type(error).__name__)
             return None
