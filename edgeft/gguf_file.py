@@ -26,7 +26,7 @@ class Tensors(GGUFReader):
             start = orig_offs + 12
             if count > LONGEST_READ and self.byte_order == "I" and kind != GGUFValueType.ARRAY:
                 if kind == GGUFValueType.STRING:
-                    end = _after_strings(memoryview(self.data), start, count)
+                    end = _after_strings(self.data.data, start, count)
                 else:
                     end = start + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
                 return end - orig_offs, [], [], [GGUFValueType.ARRAY, kind]
