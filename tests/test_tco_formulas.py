@@ -119,8 +119,8 @@ def test_growth_worked_by_hand():
     def paid(name):
         return cashflow.payments(found.columns[name].kind, world.values(found.columns[name]))
 
-    box, requests = 1000 * 0.05 / 12 + 7.3 * 0.15, [400_000, 600_000, 900_000, 1_350_000]
-    cash = [n * box + q * 0.00375e-3 for n, q in zip((1, 2, 2, 3), requests, strict=True)]
+    each_box, requests = 1000 * 0.05 / 12 + 7.3 * 0.15, [400_000, 600_000, 900_000, 1_350_000]
+    cash = [n * each_box + q * 0.00375e-3 for n, q in zip((1, 2, 2, 3), requests, strict=True)]
     bought = [1000, 800, 800 + 1000, 0]  # the second box; the first again; the second again and the third
     assert paid("own").tolist() == pytest.approx([1000, *(c + b for c, b in zip(cash, bought, strict=True))])
     left = 200 + 600 + 600  # two months old, and one month old twice
