@@ -125,7 +125,9 @@ def debian(root: Path) -> None:
         "--include=?essential",
     ]
     ran = subprocess.run(
-        [*command, "--include=python3,python3-venv,libstdc++6,libgomp1", "bookworm", part], stdout=sys.stderr, check=False
+        [*command, "--include=python3,python3-venv,libstdc++6,libgomp1", "bookworm", part],
+        stdout=sys.stderr,
+        check=False,
     )
     if ran.returncode:
         raise EnvironmentFault(f"mmdebstrap could not make {root}.", "see what it wrote above")
