@@ -10,6 +10,7 @@ import io
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib.metadata import distribution, distributions
 from pathlib import Path
@@ -80,9 +81,28 @@ def _modules() -> dict[str, Path]:
 def _metadata(version: str) -> str:
     """The installed distribution's metadata without its long text."""
     text = distribution("edgeft").read_text("METADATA") or distribution("edgeft").read_text("PKG-INFO") or ""
-    head = text.split("\n\n", 1)[0]
-    lines = [line for line in head.splitlines() if not line.startswith(("Dynamic:", "License-File:"))]
+    head, needs = text.split("\n\n", 1)[0], _declared()
+    left_out = ("Dynamic:", "License-File:", *(("Requires-Dist:", "Provides-Extra:") if needs else ()))
+    lines = [line for line in head.splitlines() if not line.startswith(left_out)] + needs
     return "\n".join(re.sub(r"^Version: .*", f"Version: {version}", line) for line in lines) + "\n"
+
+
+def _declared() -> list[str]:
+    """What the pyproject.toml beside these sources needs, as lines of metadata: an editable install's own may be older. Empty
+    where there is none."""
+    import edgeft
+
+    place = Path(edgeft.__file__).parent.parent / "pyproject.toml"
+    project = tomllib.loads(place.read_text(encoding="utf-8"))["project"] if place.is_file() else {}
+    if project.get("name") != "edgeft":
+        return []
+    lines = [f"Requires-Dist: {need}" for need in project["dependencies"]]
+    for extra, needs in project["optional-dependencies"].items():
+        lines.append(f"Provides-Extra: {extra}")
+        for name, _, marker in (need.partition(";") for need in needs):
+            only = f'({marker.strip()}) and extra == "{extra}"' if marker else f'extra == "{extra}"'
+            lines.append(f"Requires-Dist: {name.strip()}; {only}")
+    return lines
 
 
 def installed() -> str:

@@ -97,10 +97,15 @@ def faults(manifest: Mapping[str, Any], box: Mapping[str, Any]) -> list[str]:
     needs, found = manifest["needs"], []
     if box["machine"] != needs["machine"]:
         found.append(f"its machine is {box['machine']}, and the bundle is for {needs['machine']}")
+    wanted = (
+        f"{needs['memory_bytes'] / 1e9:.2f} GB are needed at a context of {manifest['config']['context']}"
+    )
+    room = box["unused_bytes"] + box["ours_bytes"]  # the running service gives way to the new one
     if box["memory_bytes"] < needs["memory_bytes"]:
+        found.append(f"it has {box['memory_bytes'] / 1e9:.2f} GB of memory, and {wanted}")
+    elif room < needs["memory_bytes"]:
         found.append(
-            f"it has {box['memory_bytes'] / 1e9:.2f} GB of memory, and {needs['memory_bytes'] / 1e9:.2f} GB are needed at a "
-            f"context of {manifest['config']['context']}"
+            f"other programs leave {room / 1e9:.2f} of its {box['memory_bytes'] / 1e9:.2f} GB of memory, and {wanted}"
         )
     missing = needs["disk_bytes"] - box["stored_bytes"]
     if box["disk_free_bytes"] < missing:

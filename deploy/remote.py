@@ -29,6 +29,16 @@ def source_size(source: Callable[[int], tuple[BinaryIO, int]]) -> int:
     return size
 
 
+def probed(said: str) -> dict[str, Any]:
+    """What box.sh said to `probe`: machine; memory, what of it is unused or our own service's, free disk, in bytes; Python,
+    processor flags, releases, stored hashes."""
+    lines = (line.split("=", 1) for line in said.splitlines() if "=" in line)
+    found: dict[str, Any] = {k: v.strip() for k, v in lines}
+    for name in ("memory_bytes", "unused_bytes", "ours_bytes", "disk_free_bytes"):
+        found[name] = int(found[name])
+    return {**found, "stored": set(found["stored"].split()), "venvs": set(found["venvs"].split())}
+
+
 class Broken(Exception):
     """The connection broke; what arrived is kept there."""
 
@@ -91,11 +101,7 @@ class Box:
 
     def probe(self, python: str) -> dict[str, Any]:
         """What the box is and has: machine, memory, disk, Python, processor flags, releases, stored hashes."""
-        lines = (line.split("=", 1) for line in self.ask("probe", python).splitlines() if "=" in line)
-        found: dict[str, Any] = {k: v.strip() for k, v in lines}
-        for name in ("memory_bytes", "disk_free_bytes"):
-            found[name] = int(found[name])
-        return {**found, "stored": set(found["stored"].split()), "venvs": set(found["venvs"].split())}
+        return probed(self.ask("probe", python))
 
     def put(
         self, digest: str, source: Callable[[int], tuple[BinaryIO, int]], say: Callable[[int], None]

@@ -16,30 +16,52 @@ from edgeft.tco.inputs import BOXES, ROUTED
 def payments(kind: str, v: Values) -> Any:
     """Cash that leaves, USD, array [months + 1, draws]: row 0 before the first request, row m at the end of month m.
 
-    API prices of month m are those of m - 1 months from now. A box is bought again when its life is over, against what the old
-    one brings; a version of the model is made again when its life is over. No capital recovery, or hardware counts twice.
+    Requests of month m are Q*(1+g)^(m-1), API prices those of m - 1 months from now. Boxes that the next month needs are bought at
+    the end of this one; a box is bought again when its life is over, against what the old one brings; a version of the model is made
+    again when its life is over. No capital recovery, or hardware counts twice.
     """
     k, months = KINDS[kind], int(v["months"])
-    steady, energy, spend, fall = k.steady(v), k.energy(v), k.spend(v), columns.falls(kind, v)
-    rows = [columns.upfront(kind, v)]
-    price, life, rest = _hardware(kind, v)
+    fall, rows = columns.falls(kind, v), [columns.upfront(kind, v)]
+    batches, life, rest = _hardware(kind, v)
     version, version_life = _versions(kind, v)
     for month in range(1, months + 1):
+        now = in_month(v, month)
+        if month == 1 or now is not v:
+            steady, energy, spend = k.steady(now), k.energy(now), k.spend(now)
         paid = steady + energy + spend * formulas.price_factor(fall, month - 1)
         if month < months:
-            paid = paid + _due(month, life) * price * (1 - rest)
+            for begun, price in batches:
+                if begun and begun == month:
+                    paid = paid + price
+                elif begun < month:
+                    paid = paid + _due(month - begun, life) * price * (1 - rest)
             for cost, every in zip(version, version_life, strict=True):
                 paid = paid + _due(month, every) * cost
         rows.append(paid)
     return np.stack(np.broadcast_arrays(*rows)).astype(float)
 
 
-def _hardware(kind: str, v: Values) -> tuple[Number, Number, Number]:
-    """(USD for all boxes, months of their life, share that an old one brings); nothing where none is bought."""
+def in_month(v: Values, month: int) -> Values:
+    """The figures with the requests of a month, the first of which is 1; `v` itself where nothing grows."""
+    growth = v["growth_per_month"]
+    if not np.any(growth):
+        return v
+    return v.but(requests_per_month=v["requests_per_month"] * formulas.growth_factor(growth, month))
+
+
+def _hardware(kind: str, v: Values) -> tuple[list[tuple[int, Number]], Number, Number]:
+    """([(month at whose end they are bought, USD)], months of their life, share that an old one brings); none where none is bought."""
     of = columns.local(v) if kind == ROUTED else v
     if "price_usd" not in of.figures or kind not in (*BOXES, ROUTED):
-        return 0.0, float("inf"), 0.0
-    return KINDS[kind].upfront_hardware(v), of["lifetime_years"] * 12, of["residual_share"]
+        return [], float("inf"), 0.0
+    owned = KINDS[kind].upfront_hardware(v)
+    batches = [(0, owned)]
+    for month in range(1, int(v["months"])) if np.any(v["growth_per_month"]) else ():
+        needed = KINDS[kind].upfront_hardware(in_month(v, month + 1))
+        if np.any(needed != owned):
+            batches.append((month, needed - owned))
+        owned = needed
+    return batches, of["lifetime_years"] * 12, of["residual_share"]
 
 
 def _versions(kind: str, v: Values) -> tuple[list[Number], list[Number]]:
@@ -56,9 +78,11 @@ def _due(month: int, every: Number) -> Number:
 
 def left_over(kind: str, v: Values) -> Number:
     """What the boxes are still worth at the end: in a straight line from their price to what they bring when old."""
-    price, life, rest = _hardware(kind, v)
-    age = np.mod(v["months"] - 1e-9, life) if np.all(np.isfinite(life)) else 0.0
-    return price * (1 - (1 - rest) * age / life)
+    batches, life, rest = _hardware(kind, v)
+    ages = [np.mod(v["months"] - begun - 1e-9, life) for begun, _ in batches]
+    return sum(
+        (price * (1 - (1 - rest) * age / life) for (_, price), age in zip(batches, ages, strict=True)), 0.0
+    )
 
 
 def net_present_cost(kind: str, v: Values, paid: Any | None = None) -> Number:

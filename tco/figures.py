@@ -95,6 +95,10 @@ class Values:
         self.used.add(figure.id)
         return self.numbers[figure.id]
 
+    def but(self, **given: Any) -> Values:
+        """The same with some numbers given; what it reads counts as read here."""
+        return replace(self, given={**self.given, **given})
+
     def part(self, name: str, **given: Any) -> Values:
         """The values of a part, some given; what it reads counts as read here."""
         return replace(self.parts[name], given={**self.parts[name].given, **given}, used=self.used)

@@ -71,6 +71,11 @@ def price_factor(fall_per_year: Number, month: float) -> Number:
     return (1 - fall_per_year) ** (month / 12)
 
 
+def growth_factor(growth_per_month: Number, month: float) -> Number:
+    """(1 + g)^(m-1): the requests of month m over those of the first."""
+    return (1 + growth_per_month) ** (month - 1)
+
+
 def discount(rate: Number, month: float) -> Number:
     """(1 + r)^(-t/12): what a dollar in `month` months is worth today."""
     return (1 + rate) ** (-month / 12)

@@ -32,6 +32,7 @@ EVERY = KINDS
 INPUTS: dict[str, Input] = {
     # what is asked of it
     "requests_per_month": Input("requests a month", ()),
+    "growth_per_month": Input("growth of the requests from each month to the next", (), 0, bounds=(0, 1)),
     "tokens_in": Input("prompt tokens a request, by the artefact's tokenizer", EVERY),
     "tokens_out": Input("answer tokens a request", EVERY),
     "peak_factor": Input("requests at the peak over the mean of the month", (), 4, bounds=(1, INF)),

@@ -24,7 +24,7 @@ FORMULAS = (
     "API a month = requests × (1 + retry) × [Tfresh × p_in + Tread × p_read + Twrite × p_write + Tout × p_out] × (1 − fall)^(t/12)",
     "routed = own boxes for what is tried there + (1−c) × [(1−s) + s × e] × API: c from the cache, s tried locally, e escalated, paid twice",
     "break-even month: the first at whose end the rival has cost more in all, capital recovery left out; NPV: payments and what boxes "
-    "are still worth, at the cost of capital",
+    "are still worth, at the cost of capital; with growth month m has Q × (1+g)^(m−1) requests, and rows a month are the first's",
     "an own box's $ per 1M tokens: prompts and answers by the time before and after the first token",
 )
 FORMATS = (".md", ".csv", ".json", ".html")

@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from dataclasses import replace
 from datetime import UTC, datetime
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from edgeft.cli import run
 from edgeft.deploy import Wanted, bundle, packages, templates
@@ -215,6 +218,21 @@ def test_our_own_wheel_installs_and_is_the_same_each_time(tmp_path):
         check=True,
     )
     assert done.stdout.strip().startswith(str(place))
+
+
+def test_our_own_wheel_needs_what_the_sources_declare(tmp_path):
+    """Not what an editable install of last month declared."""
+    name, content = packages.own_wheel()
+    (tmp_path / name).write_bytes(content)
+    (found,) = distributions(path=[str(tmp_path / name)])
+    needs = [Requirement(line) for line in found.requires or []]
+    sources = Path(__file__).parent.parent / "pyproject.toml"
+    declared = tomllib.loads(sources.read_text())["project"]
+    for extra in ("", "gguf", "onnx", "serve", "compress"):
+        wanted = declared["optional-dependencies"][extra] if extra else declared["dependencies"]
+        got = {str(Requirement(f"{n.name}{n.specifier}")) for n in needs
+               if (n.marker.evaluate({"extra": extra}) and extra in str(n.marker) if n.marker else not extra)}  # fmt: skip
+        assert got == {str(Requirement(line)) for line in wanted}, extra
 
 
 def test_a_lock_has_the_hash_of_every_wheel(tmp_path):

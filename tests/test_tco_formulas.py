@@ -101,6 +101,39 @@ def test_payments_and_npv_worked_by_hand():
     )
 
 
+def test_growth_worked_by_hand():
+    """400,000 requests, half as many again each month: 400, 600, 900, 1,350 thousand. A box 1/1 s * 0.7 = 0.7 rps; peaks of 0.609, 0.913,
+    1.370 and 2.055 rps: 1, 2, 2 and 3 boxes of 1,000 USD, which live two months and bring 20 % then.
+    A box 1,000*0.05/12 + 10 W idle 7.3 kWh * 0.15 a month; 1,000 requests 1,000 s * 90 W * 0.15 USD/kWh = 0.00375 USD.
+    """
+    found = scenario(
+        {"api": {"kind": "api", "figures": {"usd_per_mtok_in": 2, "usd_per_mtok_out": 8, "price_fall_per_year": 0.2,
+                                             "tokenizer_factor": 1, "verbosity_factor": 1}},
+         "own": {"kind": "own", "figures": {"price_usd": 1000, "request_s": 1, "power_load_w": 100, "power_idle_w": 10,
+                                             "lifetime_years": 1 / 6, "residual_share": 0.2}},
+         "cloud": {"kind": "cloud", "figures": {"request_s": 1, "power_load_w": 1, "power_idle_w": 1, "usd_per_unit_hour": 1}}},
+        requests_per_month=400_000, tokens_in=800, tokens_out=200, months=4, growth_per_month=0.5,
+    )  # fmt: skip
+    world = world_of(found)
+
+    def paid(name):
+        return cashflow.payments(found.columns[name].kind, world.values(found.columns[name]))
+
+    each_box, requests = 1000 * 0.05 / 12 + 7.3 * 0.15, [400_000, 600_000, 900_000, 1_350_000]
+    cash = [n * each_box + q * 0.00375e-3 for n, q in zip((1, 2, 2, 3), requests, strict=True)]
+    bought = [1000, 800, 800 + 1000, 0]  # the second box; the first again; the second again and the third
+    assert paid("own").tolist() == pytest.approx([1000, *(c + b for c, b in zip(cash, bought, strict=True))])
+    left = 200 + 600 + 600  # two months old, and one month old twice
+    v = world.values(found.columns["own"])
+    by_hand = sum(row * 1.08 ** (-m / 12) for m, row in enumerate(paid("own"))) - left * 1.08 ** (-4 / 12)
+    assert cashflow.net_present_cost("own", v) == pytest.approx(by_hand)
+    each = (800 * 2 + 200 * 8) / 1e6
+    assert paid("api").tolist() == pytest.approx(
+        [0, *(q * each * 0.8 ** (m / 12) for m, q in enumerate(requests))]
+    )
+    assert paid("cloud").tolist() == pytest.approx([0, *(730 * n for n in (1, 2, 2, 3))])
+
+
 def test_break_even_volume_is_where_the_sums_cross():
     """Against a search over volumes, with the units that each needs."""
 
@@ -202,3 +235,10 @@ def test_what_holds_of_every_scenario(
     paid = cashflow.payments("own", v)
     assert (paid >= 0).all() and cashflow.net_present_cost("own", v, paid) <= paid.sum() + 1e-6
     assert cashflow.net_present_cost("own", v) >= 0
+    for name in ("own", "api", "routed"):  # growth makes no month cheaper
+        kind = s.columns[name].kind
+        flat, grown = (
+            cashflow.payments(kind, world_of(x).values(x.columns[name]))
+            for x in (s, made(growth_per_month=0.03))
+        )
+        assert flat[0] == grown[0] and (grown >= flat * (1 - 1e-9)).all()

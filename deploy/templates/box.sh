@@ -19,6 +19,34 @@ memory() {  # the smallest of the machine's memory and the limits of this sessio
     echo "$total"
 }
 
+unused() {  # bytes that programs may still take: the machine's, or less where a control group of this session leaves less
+    free=$(awk '/^MemAvailable:/ {printf "%.0f", $2 * 1024}' /proc/meminfo)
+    v1=/sys/fs/cgroup/memory$(awk -F: '$2 == "memory" {print $3}' /proc/self/cgroup)
+    v2=/sys/fs/cgroup$(awk -F: '$1 == "0" {print $3}' /proc/self/cgroup)
+    left "$v1/memory.limit_in_bytes" "$v1/memory.usage_in_bytes" "$v1/memory.stat" total_inactive_file
+    left "$v2/memory.max" "$v2/memory.current" "$v2/memory.stat" inactive_file
+    echo "$free"
+}
+left() {  # LIMIT USED STAT DROPPABLE, of one group: what it may still take, file pages that it would drop counted
+    if [ -r "$1" ] && [ -r "$2" ]; then
+        limit=$(cat "$1")
+        case $limit in max | *[!0-9]*) return ;; esac
+        [ "${#limit}" -lt 18 ] || return 0
+        more=$((limit - $(cat "$2") + $(awk -v name="$4" '$1 == name {print $2}' "$3")))
+        if [ "$more" -lt "$free" ]; then free=$more; fi
+    fi
+}
+ours() {  # bytes that the service of this prefix holds and gives back when it is replaced; the kernel drops file pages by itself
+    total=0
+    for proc in /proc/[0-9]*; do
+        if tr '\0' ' ' < "$proc/cmdline" 2>/dev/null | grep -qF "$1/venvs/"; then
+            held=$(awk '/^RssAnon:|^RssShmem:/ {sum += $2} END {printf "%.0f", sum * 1024}' "$proc/status" 2>/dev/null || echo 0)
+            total=$((total + ${held:-0}))
+        fi
+    done
+    echo "$total"
+}
+
 lock=$prefix/.deploying
 
 case $word in
@@ -42,6 +70,8 @@ probe)
     echo "prefix=$(cd "$prefix" && pwd -P)"
     echo "machine=$(uname -m)"
     echo "memory_bytes=$(memory)"
+    echo "unused_bytes=$(unused)"
+    echo "ours_bytes=$(ours "$(cd "$prefix" && pwd -P)")"
     echo "disk_free_bytes=$(df -Pk "$prefix" | awk 'NR == 2 {printf "%.0f", $4 * 1024}')"
     echo "python=$(for p in "python${3:-3}" python3; do "$p" -c 'import sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null && break; done || true)"
     echo "cpu_flags=$(awk -F: '/^(flags|Features)/ {print $2; exit}' /proc/cpuinfo)"
