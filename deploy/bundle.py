@@ -18,6 +18,8 @@ from edgeft.profiles import Profile
 from edgeft.types import Policy
 
 # What llama.cpp's wheels for x86 are compiled for (its default where the builder's own machine is not the yardstick).
+# What the wheels take from the system; a Debian of essential packages alone has neither.
+LIBRARIES = {"gguf": ("libstdc++.so.6", "libgomp.so.1"), "onnx": ("libstdc++.so.6",)}
 CPU_FLAGS = {("gguf", "amd64"): ("avx2", "bmi2", "f16c", "fma")}
 
 
@@ -92,6 +94,7 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
             "memory_bytes": int(need["total"]),
             "memory": {k: v for k, v in need.items() if isinstance(v, dict)},
             "disk_bytes": preflight.disk_bytes(files),
+            "libraries": sorted({name for e in engines for name in LIBRARIES.get(e, ())}),
             "cpu_flags": sorted({flag for e in engines for flag in CPU_FLAGS.get((e, arch), ())}),
         },
         "artifacts": [

@@ -115,6 +115,9 @@ def faults(manifest: Mapping[str, Any], box: Mapping[str, Any]) -> list[str]:
     if box["python"] != needs["python"]:
         seen = f"its Python is {box['python']}" if box["python"] else "it has no python3 with venv"
         found.append(f"{seen}, and the wheels are for {needs['python']}")
+    missing_libraries = [name for name in needs.get("libraries", ()) if name not in box["libraries"].split()]
+    if missing_libraries and box["python"]:  # without Python they could not be looked for
+        found.append(f"it lacks {', '.join(missing_libraries)} (apt-get install libstdc++6 libgomp1)")
     lacking = [flag for flag in needs["cpu_flags"] if flag not in box["cpu_flags"].split()]
     if lacking:
         found.append(f"its processor lacks {', '.join(lacking)}")

@@ -74,7 +74,7 @@ def box(**changed) -> dict:
     """A box that a bundle of 1 GB just fits."""
     return {
         "machine": "aarch64", "memory_bytes": 4e9, "unused_bytes": 1e9, "ours_bytes": 0, "disk_free_bytes": 1e9, "stored_bytes": 0,
-        "python": "3.11", "cpu_flags": "", **changed,
+        "python": "3.11", "cpu_flags": "", "libraries": "libstdc++.so.6 ", **changed,
     }  # fmt: skip
 
 
@@ -90,3 +90,13 @@ def test_what_other_programs_hold_is_not_there_for_a_bundle():
     assert faults(manifest, box(unused_bytes=0.6e9, ours_bytes=0.4e9)) == [], "the running service gives way"
     (told,) = faults(manifest, box(memory_bytes=0.5e9, unused_bytes=0.4e9))
     assert told.startswith("it has 0.50 GB of memory, and 1.00 GB are needed")
+
+
+def test_libraries_that_the_wheels_take_from_the_system(tmp_path):
+    needs = {"machine": "aarch64", "memory_bytes": 1e9, "disk_bytes": 0, "python": "3.11", "cpu_flags": [],
+             "libraries": ["libgomp.so.1", "libstdc++.so.6"]}  # fmt: skip
+    manifest = {"needs": needs, "config": {"context": 2048}}
+    (told,) = faults(manifest, box())
+    assert told.startswith("it lacks libgomp.so.1 (apt-get")
+    assert faults(manifest, box(libraries="libgomp.so.1 libstdc++.so.6 ")) == []
+    assert {"libstdc++.so.6"} <= set(probe(tmp_path)["libraries"].split()), "torch would not run here either"

@@ -74,6 +74,9 @@ probe)
     echo "ours_bytes=$(ours "$(cd "$prefix" && pwd -P)")"
     echo "disk_free_bytes=$(df -Pk "$prefix" | awk 'NR == 2 {printf "%.0f", $4 * 1024}')"
     echo "python=$(for p in "python${3:-3}" python3; do "$p" -c 'import sys, venv; print("%d.%d" % sys.version_info[:2])' 2>/dev/null && break; done || true)"
+    echo "libraries=$(for lib in libstdc++.so.6 libgomp.so.1; do
+        for p in "python${3:-3}" python3; do "$p" -c "import ctypes; ctypes.CDLL('$lib')" 2>/dev/null && printf '%s ' "$lib" && break; done
+    done || true)"
     echo "cpu_flags=$(awk -F: '/^(flags|Features)/ {print $2; exit}' /proc/cpuinfo)"
     echo "current=$(readlink "$prefix/current" 2>/dev/null | sed 's|.*/||' || true)"
     echo "previous=$(readlink "$prefix/previous" 2>/dev/null | sed 's|.*/||' || true)"
