@@ -124,7 +124,7 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
     with console.step("hashing the inputs"):
         made_from = provenance.inputs_of(base, adapters)
     name = recipe.name or default_name(base, adapters)
-    forecast = preflight.forecast(planned, specs, recipe, made_from)
+    forecast = preflight.forecast(planned, specs, recipe, made_from, chosen.rows)
     return Prepared(
         base, adapters, recipe, specs, name, calibration, seen, made_from, forecast, chosen, limits, grid.grid_of(base)
     )  # fmt: skip
