@@ -43,20 +43,19 @@ def estimated_size(rows: Rows, wanted: Wanted, frontier: Rows) -> int | None:
     logits, that is with the root of KL; tok/s is taken to go with 1 / bytes, as where memory decides. Both start from
     what the GGUF candidates were measured at. None where nothing of it was measured or no size does.
     """
-    measured = [row for row in rows if row["id"].startswith("gguf")]
-    if not measured or not frontier:
+    unbounded = replace(wanted, size_bytes=math.inf)  # type: ignore[arg-type]
+    measured = [row for row in rows if row["id"].startswith("gguf") and row["kld_nats"] is not None]
+    if not measured or any(not broken(row, unbounded) for row in measured):
         return None
-    most_bytes, most_kl, slow = math.inf, math.inf, False
+    most_bytes, most_kl = math.inf, math.inf
     if wanted.min_tok_per_s:
         most_bytes = max(row["tok_per_s"] * row["size_bytes"] for row in measured) / wanted.min_tok_per_s
-        slow = all(row["tok_per_s"] < wanted.min_tok_per_s for row in measured)
-    lossy = False
     if wanted.min_retention is not None:
         kept = [row for row in measured if row["retention"] is not None]
-        if not kept:
+        if not kept or not frontier:
             return None
         best = max(kept, key=lambda row: row["retention"])
-        most_kl, lossy = _kl_at(frontier, best["size_bytes"]), best["retention"] < wanted.min_retention
+        most_kl = _kl_at(frontier, best["size_bytes"])
         if best["retention"] < 1:
             most_kl *= ((1 - wanted.min_retention) / (1 - best["retention"])) ** 2
     holding = [
@@ -64,9 +63,9 @@ def estimated_size(rows: Rows, wanted: Wanted, frontier: Rows) -> int | None:
         for point in frontier
         if point["estimated_kl_nats"] <= most_kl and (size := _up(point["size_bytes"])) <= most_bytes
     ]
-    if not holding or not (slow or lossy):
+    if not holding:
         return None
-    return holding[0] if lossy else holding[-1]
+    return holding[-1] if wanted.min_retention is None else holding[0]
 
 
 def _kl_at(frontier: Rows, size_bytes: int) -> float:
