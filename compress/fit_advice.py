@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,7 @@ def estimated_size(rows: Rows, wanted: Wanted, frontier: Rows) -> int | None:
     logits, that is with the root of KL; tok/s is taken to go with 1 / bytes, as where memory decides. Both start from
     what the GGUF candidates were measured at. None where nothing of it was measured or no size does.
     """
-    unbounded = replace(wanted, size_bytes=math.inf)  # type: ignore[arg-type]
+    unbounded = replace(wanted, size_bytes=sys.maxsize)
     measured = [row for row in rows if row["id"].startswith("gguf") and row["kld_nats"] is not None]
     if not measured or any(not broken(row, unbounded) for row in measured):
         return None
@@ -95,7 +96,7 @@ def _relaxed(rows: Rows, wanted: Wanted) -> list[str]:
         would.append(_retention(max(kept)) if kept else "leave out --min-retention")
     if wanted.min_tok_per_s is not None and (left := held(min_tok_per_s=None)):
         would.append(f"{_speed(max(row['tok_per_s'] for row in left))}, or a faster box")
-    if left := held(size_bytes=math.inf):
+    if left := held(size_bytes=sys.maxsize):
         would.append(_fit(_up(min(row["size_bytes"] for row in left))))
     if not would and (left := held(min_retention=None, min_tok_per_s=None)):
         best = max(left, key=lambda row: (row["retention"] or 0.0, row["tok_per_s"]))
