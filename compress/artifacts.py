@@ -85,7 +85,7 @@ def compress(
     ready = replace(prepare(base, adapter, recipe), checks=checks)
     if ready.grid and (said := grid.warning(ready.grid, ready.specs)):
         console.note(f"  {said}")
-    preflight.refuse(ready.forecast, recipe.out)
+    preflight.refuse(ready.forecast, recipe.out, checks)
     with resume.only_run(recipe.out):
         made, rejected = _make_all(ready)
         if not keep_work:

@@ -144,14 +144,15 @@ def free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def refuse(seen: Forecast, out: Path) -> None:
+def refuse(seen: Forecast, out: Path, checks: bool = True) -> None:
     """Raise EnvironmentFault where a step can't have the memory or OUT's disk the room, naming what would fit.
 
-    The proof of the merge is no reason: where it does not fit it is marked as owed.
+    The proof of the merge is no reason: where it does not fit it is marked as owed. Without `checks` the gate is none either.
     """
     if seen.need_disk_bytes > seen.free_disk_bytes:
         raise _no_room(seen, out)
-    counted = [s for s in seen.steps if s.artifact not in seen.standing and not s.may_be_owed]
+    runs = [s for s in seen.steps if checks or s.name not in check_costs.CHECKS]
+    counted = [s for s in runs if s.artifact not in seen.standing and not s.may_be_owed]
     over = [s for s in counted if s.need_bytes > seen.free_ram_bytes]
     if not over:
         return
