@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgeft.bench.fidelity import MAX_REFERENCE_BYTES
 from edgeft.compress import costs, gate_reference, merge_base, sensitivity
 from edgeft.compress.costs import Box, Shape, Step
 from edgeft.rows import Row, load_rows, spread
@@ -67,6 +66,7 @@ def gate_steps(shape: Shape, rows: Sequence[Row], limit: int, box: Box) -> list[
 
 def gate_bytes(shape: Shape, rows: Sequence[Row], limit: int) -> int:
     """Of the merged model's log-probabilities in `.work`."""
+    from edgeft.bench.fidelity import MAX_REFERENCE_BYTES
     from edgeft.compress.gate import KLD_ROWS
 
     tokens = sum(map(costs.tokens_of, spread(list(rows), min(KLD_ROWS, limit))))

@@ -82,15 +82,18 @@ def foresee(
 
     Raises UsageError and EnvironmentFault for all that is wrong with the inputs; memory and disk are `preflight.refuse`'s.
     """
+    from edgeft.compress import gate
+
     refuse(adapters, recipe, wanted)
     planned = plan(base, adapters)
     shape = costs.shape_of(planned, bool(adapters), recipe.calibration)
     box, free = costs.probe(recipe.out.absolute()), preflight.free_ram_bytes()
 
     def may_fit(text: str) -> bool:
-        """Is its package here, and are its predicted size and memory such that it may be chosen?"""
+        """Are its package and engine here, and its predicted size and memory such that it may be chosen?"""
         try:
             spec = formats.parse(text)
+            gate.need_engines([formats.module_of(spec.format).ENGINE])
         except EdgeftError:
             return False
         steps = [s for s in costs.format_steps(spec, shape, box) if not s.may_be_owed]
