@@ -55,7 +55,7 @@ def _refuse_retention(adapters: Sequence[Source], rows_file: Path, rows: list[Ro
     if not scored(rows):
         raise UsageError(
             f"--min-retention needs rows whose task is scored, and the half of {rows_file} to choose on has none.",
-            f'"task" of a row: {", ".join(t for t in TASKS if t != "text")}; or leave out --min-retention',
+            f'"task" of a row: {", ".join(TASKS)}, json_schema with its "schema"; or leave out --min-retention',
         )
 
 

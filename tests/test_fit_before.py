@@ -213,9 +213,10 @@ def test_wrong_inputs_are_found_before_the_work(paper, recipe, tmp_path, monkeyp
     from edgeft.compress import fit, gate
 
     base, adapters, calibration, select = paper
-    talk = [{**json.loads(line), "task": "text"} for line in select.read_text().splitlines()]
-    texts = write_rows(tmp_path / "texts.jsonl", talk)
-    few = write_rows(tmp_path / "few.jsonl", talk[:1])
+    monkeypatch.setattr(fit, "compress", lambda *_, **__: pytest.fail("it began to work"))
+    rows = [{**json.loads(line), "task": "json_schema"} for line in select.read_text().splitlines()]
+    unscored = write_rows(tmp_path / "unscored.jsonl", rows)  # there is no schema
+    few = write_rows(tmp_path / "few.jsonl", rows[:1])
 
     def said(wanted: Wanted, adapters=adapters, **changes) -> str:
         with pytest.raises((UsageError, EnvironmentFault)) as error:
@@ -226,7 +227,7 @@ def test_wrong_inputs_are_found_before_the_work(paper, recipe, tmp_path, monkeyp
     assert "Did you mean 'gguf:q8_0'" in said(Wanted(SIZE), formats=("gguf:q8_o",))
     assert "calibrat" in said(Wanted(SIZE), eval=calibration)
     assert "too small" in said(Wanted(SIZE), eval=few)
-    assert "the half of" in said(Wanted(SIZE, min_retention=0.9), eval=texts)
+    assert "the half of" in said(Wanted(SIZE, min_retention=0.9), eval=unscored)
     assert "adapter" in said(Wanted(SIZE, min_retention=0.9), adapters=[])
     assert "profile" in said(Wanted(SIZE, profile="raspberry-pi-51"))
     bare = replace(
