@@ -87,7 +87,7 @@ def compress(
     ready = replace(prepare(base, adapter, recipe), checks=checks)
     if ready.grid and (said := grid.warning(ready.grid, ready.specs)):
         console.note(f"  {said}")
-    preflight.refuse(ready.forecast, recipe.out)
+    preflight.refuse(ready.forecast, recipe.out, checks)
     with resume.only_run(recipe.out):
         made, rejected = _make_all(ready)
         if not keep_work:
@@ -132,7 +132,7 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
     with console.step("hashing the inputs"):
         made_from = provenance.inputs_of(base, adapters)
     name = recipe.name or default_name(base, adapters)
-    forecast = preflight.forecast(planned, specs, recipe, made_from)
+    forecast = preflight.forecast(planned, specs, recipe, made_from, chosen.rows)
     return Prepared(
         base, adapters, recipe, specs, name, calibration, seen, made_from, forecast, chosen, limits, grid.grid_of(base)
     )  # fmt: skip

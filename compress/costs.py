@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class Step:
     peak_rss_bytes: int
     peak_anon_bytes: int
     may_be_owed: bool = False  # left out where it does not fit
+    without: str = ""  # the option that does without this step
 
     @property
     def need_bytes(self) -> int:
@@ -202,11 +203,13 @@ def row_tokens(rows: Path | None) -> list[int]:
     """About how many tokens each calibration row has: four bytes of text each, and the template's own."""
     from edgeft.rows import load_rows
 
-    found = []
-    for row in load_rows(rows) if rows else []:
-        text = sum(len(str(m.get("content") or "").encode()) for m in row["messages"])
-        found.append(min(int(text / BYTES_A_TOKEN) + TEMPLATE_TOKENS, MAX_TOKENS))
-    return found
+    return [min(tokens_of(row), MAX_TOKENS) for row in (load_rows(rows) if rows else [])]
+
+
+def tokens_of(row: dict[str, Any]) -> int:
+    """About how many tokens a row has."""
+    text = sum(len(str(m.get("content") or "").encode()) for m in row["messages"])
+    return int(text / BYTES_A_TOKEN) + TEMPLATE_TOKENS
 
 
 def quantities(shape: Shape) -> dict[str, float]:
@@ -237,16 +240,28 @@ def quantities(shape: Shape) -> dict[str, float]:
 
 def step(spec_id: str, asked: str, name: str, shape: Shape, box: Box) -> Step:
     """The prediction of one step; `name` may carry the variant, as `onnx:int8`, where the title is the builder's."""
-    known = quantities(shape)
-    anon, mirrored = (int(sum(c * known[q] for q, c in part.items())) for part in MEMORY[name])
-    fixed = SECONDS[name]["one"] * box.python_s / REFERENCE_PYTHON_S
-    grows = sum(c * known[q] for q, c in SECONDS[name].items() if q != "one")
-    seconds = fixed + grows * REFERENCE_GFLOPS / box.gflops
     written = shape.stored_bytes / 1e9 / box.write_gb_per_s if name in (MERGE, CONVERT) else 0.0
     title = {"onnx": BUILDER, "levels": LEVELS}.get(name.partition(":")[0], name)
-    return Step(
-        spec_id, asked, title, seconds + written, anon + mirrored, anon, may_be_owed=name in (PROOF, GREEDY)
-    )
+    predicted = priced(spec_id, asked, title, quantities(shape), MEMORY[name], SECONDS[name], box, written)
+    return replace(predicted, may_be_owed=name in (PROOF, GREEDY))
+
+
+def priced(
+    artifact: str,
+    asked: str,
+    title: str,
+    known: dict[str, float],
+    memory: tuple[dict[str, float], dict[str, float]],
+    seconds: dict[str, float],
+    box: Box,
+    written_s: float = 0.0,
+) -> Step:
+    """A step whose memory (anonymous, mirrored) and seconds are coefficients times what is `known`."""
+    anon, mirrored = (int(sum(c * known[q] for q, c in part.items())) for part in memory)
+    fixed = seconds["one"] * box.python_s / REFERENCE_PYTHON_S
+    grows = sum(c * known[q] for q, c in seconds.items() if q != "one")
+    wall_s = fixed + grows * REFERENCE_GFLOPS / box.gflops + written_s
+    return Step(artifact, asked, title, wall_s, anon + mirrored, anon)
 
 
 def merge_steps(shape: Shape, box: Box) -> list[Step]:

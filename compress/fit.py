@@ -14,30 +14,28 @@ from typing import Any
 
 from edgeft import child, console
 from edgeft.compress import (
-    costs,
+    check_costs,
+    fit_before,
     formats,
-    gate_rows,
+    gate_limits,
     knapsack,
     preflight,
     resume,
-    sensitivity,
     sizes,
 )
 from edgeft.compress.artifacts import compress
-from edgeft.compress.fit_choice import Wanted, choose, nothing_holds, row_of
+from edgeft.compress.fit_advice import nothing_holds
+from edgeft.compress.fit_choice import Wanted, choose, row_of
 from edgeft.compress.fit_report import frontier, plot, reported
 from edgeft.compress.formats import Job, Spec, gguf
 from edgeft.compress.formats.gguf_types import TensorTypes
 from edgeft.compress.make import load_artifact
-from edgeft.compress.merge import Source, plan
+from edgeft.compress.merge import Source
 from edgeft.compress.recipe import Recipe
-from edgeft.errors import EdgeftError, EnvironmentFault, GateError, UsageError
-from edgeft.files import read_json, sha256_file, sha256_json, write_json, write_jsonl
-from edgeft.rows import load_rows, row_hash
+from edgeft.errors import GateError
+from edgeft.files import read_json, sha256_json, write_json, write_jsonl
+from edgeft.rows import row_hash
 from edgeft.types import Artifact
-
-STOCK = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
-OTHER_FORMATS = ("onnx:int4", "onnx:int8", "gptq:4")
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,17 @@ class Scored:
     choices: knapsack.Choices  # bytes with padding, estimated KL in nats
     around_bytes: dict[str, int]  # of header and other tensors, by the variant that decides those
     stock_bytes: dict[str, int]  # variant -> bytes of its file
+    header_bytes: int = 0
 
 
 def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) -> dict[str, Any]:
     """Build what fits, measure, choose; returns what OUT/fit.json holds.
 
-    Raises UsageError without rows to calibrate and to choose on, GateError where nothing fits or holds, naming what
-    would.
+    Raises UsageError and EnvironmentFault for what is wrong with the inputs or does not fit, before any work; GateError
+    where nothing fits or holds, naming what would, with the report under `details["fit"]` where there is one.
     """
-    refuse(recipe)
+    seen, others = fit_before.foresee(base, adapters, recipe, wanted)
+    preflight.refuse(seen, recipe.out)
     assert recipe.calibration and recipe.eval
     out = recipe.out
     halves = halved(recipe.eval, out / ".work" / "fit")
@@ -64,7 +64,6 @@ def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) 
     with resume.only_run(out):
         scored = score(base, adapters, recipe, merged)
     layouts = candidates(scored, wanted.size_bytes, out / ".work" / "fit")
-    others = [f for f in OTHER_FORMATS if _may_fit(f, base, adapters, wanted.size_bytes)]
     asked = tuple(dict.fromkeys([*layouts, *others, *recipe.formats]))
     made = built(base, adapters, replace(recipe, formats=asked))
     rows = [row_of(a, out, wanted, recipe) for a in made if a.id != "merged"]
@@ -75,7 +74,9 @@ def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) 
         "chosen": chosen["id"] if chosen else None,
         "candidates": rows,
         "rejected": sorted(set(_ids(asked)) - {row["id"] for row in rows}),
-        "frontier": frontier(scored.choices, min(scored.around_bytes.values())),
+        "frontier": frontier(
+            scored.choices, min(scored.around_bytes.values()), scored.header_bytes, merged.parameters
+        ),
         "report": reported(chosen, base if adapters else None, recipe, halves["report"], merged)
         if chosen
         else None,
@@ -84,40 +85,15 @@ def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) 
     plot(report, out / "fit.svg")
     resume.forget_all(out / ".work")
     if chosen is None:
-        raise GateError(*nothing_holds(rows, wanted))
+        limits = gate_limits.load(recipe.gate)
+        raise GateError(*nothing_holds(rows, wanted, report["frontier"], limits), details={"fit": report})
     return report
 
 
-def refuse(recipe: Recipe) -> None:
-    """Raise UsageError where the rows or the gate that fitting needs are missing."""
-    if recipe.calibration is None:
-        raise UsageError(
-            "--fit scores tensors on calibration rows, and there are none.", "--calibration rows.jsonl"
-        )
-    if recipe.eval is None:
-        raise UsageError(
-            "--fit chooses and reports on rows of its own, and there are none.", "--eval rows.jsonl"
-        )
-    if recipe.no_gate:
-        raise UsageError(
-            "--fit chooses by what the gate measures, and --no-gate is given.", "leave out --no-gate"
-        )
-
-
 def halved(rows_file: Path, work: Path) -> dict[str, Path]:
-    """The eval rows as two files, `choose` and `report`; near-duplicates stay on one side."""
-    rows = load_rows(rows_file)
-    names = gate_rows.cluster_names(rows)
-    ordered = sorted(set(names), key=lambda name: sha256_json(["fit", name]))
-    if len(ordered) < 2:
-        raise UsageError(
-            f"{rows_file} is too small to choose on one half and report on the other.", "--eval rows.jsonl"
-        )
-    to_choose = set(ordered[: (len(ordered) + 1) // 2])
-    parts = {"choose": [r for r, name in zip(rows, names, strict=True) if name in to_choose]}
-    parts["report"] = [r for r, name in zip(rows, names, strict=True) if name not in to_choose]
+    """The halves of the eval rows as files, `choose` and `report`."""
     files = {}
-    for name, part in parts.items():
+    for name, part in fit_before.halves(rows_file).items():
         files[name] = work / f"{sha256_json([row_hash(r) for r in part])[:16]}" / f"{name}.jsonl"
         if not files[name].is_file():
             write_jsonl(files[name], part)
@@ -137,17 +113,13 @@ def score(base: Path, adapters: Sequence[Source], recipe: Recipe, merged: Artifa
         source, _ = gguf.unquantized(job)
         imatrix, _, _ = gguf.seen_by_layers(job, source, with_moments=True)
         dry = child.call("edgeft.compress.sizes:dry_run", log=work / "sizes.log", title="the quantizer's dry run",
-                         source=str(source), variants=list(STOCK))  # fmt: skip
-        key = sha256_json(
-            [merged.sha256, sha256_file(calibration), merged.model_name, "edgeft/sensitivity@1"]
-        )[:16]
-        kept = work / f"sensitivity-{key}.json"
+                         source=str(source), variants=list(fit_before.STOCK))  # fmt: skip
+        kept = fit_before.scores_file(merged, recipe)
         if not kept.is_file():
-            _need_memory(merged.parameters)
             found = child.call(
                 "edgeft.compress.sensitivity:score",
                 log=job.log,
-                title="sensitivity of the tensors",
+                title=check_costs.SCORES,
                 merged=str(job.merged),
                 rows_file=str(calibration),
                 source=str(source),
@@ -156,17 +128,6 @@ def score(base: Path, adapters: Sequence[Source], recipe: Recipe, merged: Artifa
             )
             write_json(kept, found["kl_nats"])
     return scored_of(dry, read_json(kept))
-
-
-def _need_memory(parameters: int) -> None:
-    """Raise EnvironmentFault where scoring would not fit: weights, gradients and changes of the tensors at once."""
-    changes = min((2 * len(sensitivity.WIDE) + 4) * parameters, sensitivity.HELD_BYTES)
-    needed, free = 8 * parameters + int(1.4 * changes) + 1_000_000_000, preflight.free_ram_bytes()
-    if needed > free:
-        raise EnvironmentFault(
-            f"--fit scores tensors in about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free.",
-            "--to gguf:q4_k_m (needs no scores), or a box with more memory",
-        )
 
 
 def scored_of(dry: Mapping[str, Any], kl_nats: Mapping[str, Mapping[str, float]]) -> Scored:
@@ -183,7 +144,7 @@ def scored_of(dry: Mapping[str, Any], kl_nats: Mapping[str, Mapping[str, float]]
         for variant, types in dry["types"].items()
     }
     stock = {variant: sizes.file_bytes(dry["source"], types) for variant, types in dry["types"].items()}
-    return Scored(choices, around, stock)
+    return Scored(choices, around, stock, int(dry["source"]["header_bytes"]))
 
 
 def candidates(scored: Scored, size_bytes: int, work: Path) -> list[str]:
@@ -207,16 +168,6 @@ def candidates(scored: Scored, size_bytes: int, work: Path) -> list[str]:
     file = work / f"types-{types}.json"
     write_json(file, types)
     return [*([f"gguf:{stock}"] if stock else []), f"gguf:{around},types={file}"]
-
-
-def _may_fit(text: str, base: Path, adapters: Sequence[Source], size_bytes: int) -> bool:
-    """Is a format's package here, and its predicted size within the bytes and more than half of them?"""
-    try:
-        spec = formats.parse(text)
-    except EdgeftError:
-        return False
-    shape = costs.shape_of(plan(base, adapters), bool(adapters), None)
-    return size_bytes / 2 <= costs.artifact_bytes(spec, shape) <= size_bytes
 
 
 def _ids(asked: Sequence[str]) -> list[str]:

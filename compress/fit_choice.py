@@ -51,13 +51,7 @@ def tok_per_s(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> 
     The prediction is the profile's bandwidth over the file's bytes, which is the most that memory allows.
     """
     if wanted.profile:
-        from edgeft.profiles import get_profile
-
-        bandwidth = get_profile(wanted.profile).usable_bandwidth_gb_per_s
-        if bandwidth is None:
-            raise UsageError(
-                f"the profile {wanted.profile} has no bandwidth.", "edgeft profiles show …; name another"
-            )
+        bandwidth = bandwidth_of(wanted.profile)
         return bandwidth * 1e9 / artifact.size_bytes, f"at most, predicted from {wanted.profile}'s bandwidth"
     from edgeft.bench import speed
     from edgeft.bench.callers import caller
@@ -70,6 +64,19 @@ def tok_per_s(artifact: Artifact, out: Path, wanted: Wanted, recipe: Recipe) -> 
             rows = load_rows(recipe.eval)
             found = speed.alone(ask, rows, speed.Point(SPEED_PROMPT_TOKENS, SPEED_TOKENS), SPEED_RUNS)
     return found["decode_tok_per_s"]["p50"], "measured here"
+
+
+def bandwidth_of(profile: str) -> float:
+    """GB/s that tok/s is predicted from. Raises UsageError for a profile that is not known or has none."""
+    from edgeft.profiles import get_profile
+
+    bandwidth = get_profile(profile).usable_bandwidth_gb_per_s
+    if bandwidth is None:
+        raise UsageError(
+            f"the profile {profile} has no bandwidth, which --fit predicts tok/s from.",
+            "edgeft profiles list; name another",
+        )
+    return bandwidth
 
 
 def choose(rows: Sequence[dict[str, Any]], wanted: Wanted) -> dict[str, Any] | None:
@@ -94,18 +101,3 @@ def broken(row: dict[str, Any], wanted: Wanted) -> list[str]:
     if wanted.min_tok_per_s is not None and row["tok_per_s"] < wanted.min_tok_per_s:
         found.append(f"{row['tok_per_s']:.1f} tok/s")
     return found
-
-
-def nothing_holds(rows: Sequence[dict[str, Any]], wanted: Wanted) -> tuple[str, str]:
-    """The two lines where every candidate breaks something."""
-    if not rows:
-        return "every candidate was rejected by the gate.", "less …/.rejected/*/reasons.json; a larger --fit"
-    why = "; ".join(f"{row['id']}: {', '.join(broken(row, wanted))}" for row in rows)
-    best = max((row["retention"] for row in rows if row["retention"] is not None), default=None)
-    fastest = max(row["tok_per_s"] for row in rows)
-    would = [f"a larger --fit than {wanted.size_bytes / 1e6:.1f}MB"]
-    if wanted.min_retention is not None and best is not None and best < wanted.min_retention:
-        would.append(f"--min-retention {best:.3f}")
-    if wanted.min_tok_per_s is not None and fastest < wanted.min_tok_per_s:
-        would = [f"--min-tps {fastest:.1f}, or a faster box"]
-    return f"nothing holds all that is wanted ({why}).", " or ".join(would)

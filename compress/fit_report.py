@@ -16,11 +16,16 @@ from edgeft.files import write_text
 from edgeft.rows import load_rows, row_hash
 from edgeft.types import Artifact
 
-FRONTIER_POINTS = 16
+FRONTIER_POINTS = 46
 
 
-def frontier(choices: knapsack.Choices, around: int) -> list[dict[str, Any]]:
-    """What the knapsack expects at sizes from the smallest to the largest, estimated KL beside each."""
+def frontier(
+    choices: knapsack.Choices, around: int, header_bytes: int, parameters: int
+) -> list[dict[str, Any]]:
+    """What the knapsack expects at sizes from the smallest to the largest, estimated KL beside each.
+
+    `around` bytes of the file are no choice of it, `header_bytes` of them no weights.
+    """
     least = around + sum(min(s for s, _ in c.values()) for c in choices.values())
     most = around + sum(max(s for s, _ in c.values()) for c in choices.values())
     points = []
@@ -28,7 +33,13 @@ def frontier(choices: knapsack.Choices, around: int) -> list[dict[str, Any]]:
         size = least + (most - least) * step // (FRONTIER_POINTS - 1)
         layout = knapsack.fill(choices, size - around)
         if layout:
-            points.append({"size_bytes": size, "estimated_kl_nats": knapsack.loss_of(choices, layout)})
+            points.append(
+                {
+                    "size_bytes": size,
+                    "bits_per_weight": 8 * (size - header_bytes) / parameters,
+                    "estimated_kl_nats": knapsack.loss_of(choices, layout),
+                }
+            )
     return points
 
 

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgeft.compress import costs
+from edgeft.compress import check_costs, costs, formats
 from edgeft.compress.costs import Shape, Step
 from edgeft.compress.formats import Spec
 from edgeft.compress.merge import Plan
 from edgeft.compress.recipe import Recipe
 from edgeft.errors import EnvironmentFault
 from edgeft.files import read_json
+from edgeft.rows import Row
 from edgeft.types import Artifact
 
 # What may be offered where the asked format does not fit, best first; nothing that can't do without rows.
@@ -48,22 +49,46 @@ class Forecast:
         return {**asdict(self), "need_disk_bytes": self.need_disk_bytes}
 
 
-def forecast(planned: Plan, specs: Sequence[Spec], recipe: Recipe, made_from: dict[str, Any]) -> Forecast:
-    """Predict what `compress` will take for a plan of the merge and the formats asked for."""
+def forecast(
+    planned: Plan,
+    specs: Sequence[Spec],
+    recipe: Recipe,
+    made_from: dict[str, Any],
+    gate_rows: Sequence[Row] = (),
+    scored: bool = False,
+) -> Forecast:
+    """Predict what `compress` will take for a plan of the merge and the formats asked for.
+
+    `gate_rows`: what the gate asks; `scored`: whether `--fit` scores the tensors.
+    """
     shape = costs.shape_of(planned, bool(made_from.get("adapters")), recipe.calibration)
     box = costs.probe(recipe.out.absolute())
+    standing = _standing(recipe, ["merged", *(spec.id for spec in specs)], made_from)
     steps = costs.merge_steps(shape, box)
-    disk = {"merged": shape.stored_bytes + costs.TOKENIZER_BYTES, ".work": 0}
+    merged, scratch = shape.stored_bytes + costs.TOKENIZER_BYTES, 0
+    auto = recipe.merge_base == "auto" and recipe.eval is not None and "merged" not in standing
+    if auto and recipe.eval:
+        steps = check_costs.merge_base_steps(shape, recipe.eval, box) + steps[1:]
+    if scored:
+        steps.append(check_costs.scores_step(shape, box))
+    disk = {"merged": merged}
     for spec in specs:
         steps += costs.format_steps(spec, shape, box)
         disk[spec.id] = costs.artifact_bytes(spec, shape)
-        disk[".work"] = max(disk[".work"], costs.scratch_bytes(spec, shape))
+        scratch = max(scratch, costs.scratch_bytes(spec, shape))
+    if not recipe.no_gate and any(
+        formats.gated(s.format) and not (s.id in standing and _checked(recipe.out / s.id)) for s in specs
+    ):
+        steps += check_costs.gate_steps(shape, gate_rows, recipe.eval_limit, box)
+        scratch += check_costs.gate_bytes(shape, gate_rows, recipe.eval_limit)
+    if auto:  # two more merges lie there, before any of the formats does
+        scratch = max(scratch, 2 * merged - sum(disk[s.id] for s in specs if s.id not in standing))
     return Forecast(
         steps=steps,
-        disk_bytes=disk,
+        disk_bytes={**disk, check_costs.WORK: scratch},
         free_ram_bytes=free_ram_bytes(),
         free_disk_bytes=free_disk_bytes(recipe.out),
-        standing=_standing(recipe.out, ["merged", *(spec.id for spec in specs)], made_from),
+        standing=standing,
         offers=_offers(shape, box),
     )
 
@@ -77,15 +102,22 @@ def _offers(shape: Shape, box: costs.Box) -> dict[str, int]:
     return offered
 
 
-def _standing(out: Path, ids: Sequence[str], made_from: dict[str, Any]) -> list[str]:
-    """The artefacts in OUT that were made of these inputs: they will be kept, unless an option or a version changed."""
+def _standing(recipe: Recipe, ids: Sequence[str], made_from: dict[str, Any]) -> list[str]:
+    """The artefacts in OUT that were made of these inputs: they will be kept, unless another option or a version changed."""
     found = []
     for name in ids:
-        if (out / name / "artifact.json").is_file():
-            there = read_json(out / name / "artifact.json").get("made_from", {})
-            if {k: v for k, v in there.items() if k != "merged_sha256"} == made_from:
+        if (recipe.out / name / "artifact.json").is_file():
+            manifest = read_json(recipe.out / name / "artifact.json")
+            there = {k: v for k, v in manifest.get("made_from", {}).items() if k != "merged_sha256"}
+            merged_into = manifest.get("asked", {}).get("merge_base", recipe.merge_base)
+            if there == made_from and merged_into == recipe.merge_base:
                 found.append(name)
     return found
+
+
+def _checked(folder: Path) -> bool:
+    """Has the gate measured what stands there?"""
+    return "checks" in read_json(folder / "artifact.json").get("checks", {}).get("gate", {})
 
 
 def free_ram_bytes() -> int:
@@ -112,25 +144,41 @@ def free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def refuse(seen: Forecast, out: Path) -> None:
+def refuse(seen: Forecast, out: Path, checks: bool = True) -> None:
     """Raise EnvironmentFault where a step can't have the memory or OUT's disk the room, naming what would fit.
 
-    The proof of the merge is no reason: where it does not fit it is marked as owed.
+    The proof of the merge is no reason: where it does not fit it is marked as owed. Without `checks` the gate is none either.
     """
     if seen.need_disk_bytes > seen.free_disk_bytes:
         raise _no_room(seen, out)
-    for step in seen.steps:
-        if step.artifact in seen.standing or step.may_be_owed or step.need_bytes <= seen.free_ram_bytes:
-            continue
-        need, free = f"{step.need_bytes / 1e9:.1f} GB", f"{seen.free_ram_bytes / 1e9:.1f} GB are free"
+    runs = [s for s in seen.steps if checks or s.name not in check_costs.CHECKS]
+    counted = [s for s in runs if s.artifact not in seen.standing and not s.may_be_owed]
+    over = [s for s in counted if s.need_bytes > seen.free_ram_bytes]
+    if not over:
+        return
+    step = over[0]
+    what = (
+        f"{step.asked} needs about {step.need_bytes / 1e9:.1f} GB of memory ({step.name}), "
+        f"and {seen.free_ram_bytes / 1e9:.1f} GB are free."
+    )
+    # --fit can't do without the gate: who leaves that out has no use for the scores.
+    left_out = {s.without: s for s in counted if s.without and (s in over or s.name == check_costs.SCORES)}
+    words = list(left_out)
+    need_bytes = max((s.need_bytes for s in counted if s.without not in left_out), default=0)
+    if not step.without:
         fitting = [(name, size) for name, size in seen.offers.items() if size <= seen.free_ram_bytes]
-        what = f"{step.asked} needs about {need} of memory ({step.name}), and {free}."
         if step.artifact == "merged" or not fitting:
-            raise EnvironmentFault(what, "take a smaller base, or a box with more memory")
-        name, size = fitting[0]
-        raise EnvironmentFault(
-            what, f"--to {name} needs about {size / 1e9:.1f} GB; or a box with more memory"
-        )
+            words, need_bytes = [], seen.free_ram_bytes + 1
+        else:
+            words, need_bytes = (
+                [f"--to {fitting[0][0]}", *(w for w in words if "--to" not in w)],
+                fitting[0][1],
+            )
+    if need_bytes > seen.free_ram_bytes:
+        raise EnvironmentFault(what, "take a smaller base, or a box with more memory")
+    raise EnvironmentFault(
+        what, f"{' '.join(words)} needs about {need_bytes / 1e9:.1f} GB; or a box with more memory"
+    )
 
 
 def _no_room(seen: Forecast, out: Path) -> EnvironmentFault:
@@ -138,7 +186,10 @@ def _no_room(seen: Forecast, out: Path) -> EnvironmentFault:
     largest = max((k for k in sizes if k not in ("merged", ".work")), key=sizes.__getitem__, default="merged")
     without = seen.need_disk_bytes - sizes[largest]
     hint = f"df -h {out.absolute().parent}"
-    if largest != "merged" and without <= seen.free_disk_bytes:
+    bases = any(step.name.startswith(check_costs.MERGE_BASE) for step in seen.steps)
+    if bases and seen.need_disk_bytes - sizes[check_costs.WORK] <= seen.free_disk_bytes:
+        hint = f"--merge-base 16bit makes no copies ({sizes[check_costs.WORK] / 1e9:.1f} GB), or take an --out on a larger disk"
+    elif largest != "merged" and without <= seen.free_disk_bytes:
         hint = f"leave out {largest} ({sizes[largest] / 1e9:.1f} GB), or take an --out on a larger disk"
     return EnvironmentFault(
         f"{out} needs about {seen.need_disk_bytes / 1e9:.1f} GB and its disk has {seen.free_disk_bytes / 1e9:.1f} GB free.",
@@ -148,14 +199,15 @@ def _no_room(seen: Forecast, out: Path) -> EnvironmentFault:
 
 def beside(artifact: Artifact, steps: list[dict[str, Any]], seen: Forecast | None) -> Artifact:
     """The artefact with its steps, each with what was predicted of it, and the sums in `cost.predicted`."""
-    mine = [s for s in seen.steps if s.artifact == artifact.id] if seen else []
+    mine = [s for s in seen.steps if s.artifact in (artifact.id, check_costs.WORK)] if seen else []
     by_name = {s.name: s.figures() for s in mine}
     told = [
         {**step, **({"predicted": by_name[step["name"]]} if step["name"] in by_name else {})}
         for step in steps
     ]
     # A step that another artefact of this run has done already costs nothing here: it is not among the seen ones.
-    done = [by_name[s["name"]] for s in told if s["name"] in by_name and not _is_check(s["name"])]
+    ran = {s["name"] for s in told if s["name"] not in check_costs.CHECKS}
+    done = [s.figures() for s in mine if s.name in ran]
     cost = dict(artifact.cost)
     if done and seen:
         cost["predicted"] = {
@@ -164,10 +216,6 @@ def beside(artifact: Artifact, steps: list[dict[str, Any]], seen: Forecast | Non
             "size_bytes": seen.disk_bytes[artifact.id],
         }
     return replace(artifact, steps=told, cost=cost)
-
-
-def _is_check(name: str) -> bool:
-    return name == costs.PROOF
 
 
 def rows_of(seen: Forecast) -> list[list[str]]:

@@ -128,12 +128,17 @@ def row_order(rows: Any, wanted: Any) -> Any | None:
     return order if np.array_equal(rows[order], wanted) else None
 
 
+def bytes_of_changes(parameters: int) -> int:
+    """Of a tensor's changes in every type (float16), and the weight that they are of (float32)."""
+    return (2 * len(WIDE) + 4) * parameters
+
+
 def _groups(pairs: dict[str, tuple[Any, Any, Any]]) -> Iterator[list[str]]:
     """Tensors in groups whose changes (float16, a type each) together stay within HELD_BYTES."""
     group: list[str] = []
     held = 0
     for name, (parameter, _, _) in pairs.items():
-        size = (2 * len(WIDE) + 4) * parameter.numel()
+        size = bytes_of_changes(parameter.numel())
         if group and held + size > HELD_BYTES:
             yield group
             group, held = [], 0

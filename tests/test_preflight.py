@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeft.compress import Recipe, compress, costs, preflight, prepare
+from edgeft.compress import Recipe, check_costs, compress, costs, preflight, prepare
 from edgeft.compress.formats import FORMATS, Spec, module_of
 from edgeft.compress.merge import plan
 from edgeft.errors import EnvironmentFault
@@ -134,7 +134,7 @@ def test_a_control_groups_limit_counts(monkeypatch):
 def test_what_stands_there_needs_no_room(tiny_dist, monkeypatch):
     """A finished folder on a full disk: the same command has nothing to do and is not refused."""
     recipe = Recipe(out=tiny_dist / "dist", formats=("gguf:f16",), calibration=tiny_dist / "rows.jsonl",
-                    name="tiny", threads=1)  # fmt: skip
+                    name="tiny", threads=1, no_gate=True)  # fmt: skip
     seen = prepare(tiny_dist / "base", tiny_dist / "adapter", recipe).forecast
     assert seen.standing == ["merged", "gguf-f16"] and seen.need_disk_bytes == 0
     monkeypatch.setattr(preflight, "free_ram_bytes", lambda: 1)
@@ -155,7 +155,12 @@ def test_dry_run_prints_the_table_and_writes_nothing(tiny_models, tmp_path):
             "compress", tiny_models["llama"], "--to", "gguf:q8_0", "--out", out, "--dry-run", "--json"
         ).stdout
     )
-    assert [s["name"] for s in seen["steps"]] == [costs.MERGE, costs.CONVERT]
+    assert [s["name"] for s in seen["steps"]] == [
+        costs.MERGE,
+        costs.CONVERT,
+        check_costs.REFERENCE,
+        check_costs.COMPARE,
+    ]
     assert seen["need_disk_bytes"] == sum(seen["disk_bytes"].values())
 
 

@@ -12,7 +12,7 @@ from edgeft.cli import options, recipes
 from edgeft.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgeft.compress import Recipe
+    from edgeft.compress.preflight import Forecast
 
 
 @click.command("compress")
@@ -113,7 +113,7 @@ def command(
     artifact.json; what was made from the same inputs before is kept. What fails the gate goes to
     OUT/.rejected, and the command ends with 1 after the other formats (docs/gate.md).
     """
-    from edgeft.compress import Recipe, compress, load_artifact
+    from edgeft.compress import Recipe, compress, load_artifact, prepare
     from edgeft.compress.gate import summary
     from edgeft.engines.local import usable_cores
     from edgeft.errors import GateError
@@ -134,15 +134,21 @@ def command(
     )
     sources, rejected = [share_of(word) for word in adapters], None
     try:
-        if size:
-            from edgeft.cli.fit import run
+        if size is not None:
+            from edgeft.cli import fit
 
-            run(pull(base), sources, recipe, size, min_retention, min_tps, profile)
+            wanted = fit.wanted_of(size, min_retention, min_tps, profile)
+            if dry_run:
+                from edgeft.compress.fit_before import foresee
+
+                _show(foresee(pull(base), sources, recipe, wanted)[0], out)
+            else:
+                fit.run(pull(base), sources, recipe, wanted)
             return
         if min_retention is not None or min_tps is not None or profile:
             raise UsageError("--min-retention, --min-tps and --profile go with --fit.", "--fit 100MB")
         if dry_run:
-            _foresee(pull(base), sources, recipe)
+            _show(prepare(pull(base), sources, recipe).forecast, out)
             return
         artifacts = compress(pull(base), sources, recipe)
     except UsageError as error:
@@ -171,18 +177,17 @@ def command(
         raise rejected
 
 
-def _foresee(base: Path, sources: list[tuple[Path, float]], recipe: "Recipe") -> None:
+def _show(seen: "Forecast", out: Path) -> None:
     """Print the pre-flight's table; raises EnvironmentFault where the work would not fit."""
-    from edgeft.compress import preflight, prepare
+    from edgeft.compress import preflight
 
-    seen = prepare(base, sources, recipe).forecast
     console.result(seen.to_dict())
     console.table(["artefact", "step", "peak MB", "about s", "disk MB", ""], preflight.rows_of(seen))
     console.note(
         f"  needs {seen.need_disk_bytes / 1e9:.2f} GB of disk, {seen.free_disk_bytes / 1e9:.2f} GB are free; "
         f"{seen.free_ram_bytes / 1e9:.2f} GB of memory are free"
     )
-    preflight.refuse(seen, recipe.out)
+    preflight.refuse(seen, out)
 
 
 def share_of(word: str) -> tuple[Path, float]:
