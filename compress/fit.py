@@ -68,15 +68,16 @@ def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) 
     made = built(base, adapters, replace(recipe, formats=asked))
     rows = [row_of(a, out, wanted, recipe) for a in made if a.id != "merged"]
     chosen = choose(rows, wanted)
+    sizes_and_losses = frontier(
+        scored.choices, min(scored.around_bytes.values()), scored.header_bytes, merged.parameters
+    )
     report = {
         "schema": "edgeft/fit@1",
         "wanted": asdict(wanted),
         "chosen": chosen["id"] if chosen else None,
         "candidates": rows,
         "rejected": sorted(set(_ids(asked)) - {row["id"] for row in rows}),
-        "frontier": frontier(
-            scored.choices, min(scored.around_bytes.values()), scored.header_bytes, merged.parameters
-        ),
+        "frontier": sizes_and_losses,
         "report": reported(chosen, base if adapters else None, recipe, halves["report"], merged)
         if chosen
         else None,
@@ -86,7 +87,7 @@ def fit(base: Path, adapters: Sequence[Source], recipe: Recipe, wanted: Wanted) 
     resume.forget_all(out / ".work")
     if chosen is None:
         limits = gate_limits.load(recipe.gate)
-        raise GateError(*nothing_holds(rows, wanted, report["frontier"], limits), details={"fit": report})
+        raise GateError(*nothing_holds(rows, wanted, sizes_and_losses, limits), details={"fit": report})
     return report
 
 
