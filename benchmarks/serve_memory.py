@@ -1,11 +1,12 @@
 """Resident memory of the proxy alone, and whether it grows: so many requests a second for minutes, all of them different.
 
-    python benchmarks/serve_memory.py [--minutes 20] [--rate 200] [--litellm-python PYTHON | --no-litellm]
+    python benchmarks/serve_memory.py [--minutes 20] [--warm-up 12] [--rate 200] [--litellm-python PYTHON | --no-litellm]
 
 Open loop at a fixed rate (a late answer delays nobody), a third of it streamed, one in twenty hung up in the middle, before the stand-in
 upstream that answers at once; exact cache on, half of the requests repeatable. RSS is read every 5 s, and
-what of it is not shared with a mapped file (the cache's database). The slope is that of the means of twelve equal blocks after
-the first quarter, by least squares, with its t interval (df 10): neighbouring readings are not independent, blocks of minutes nearly are.
+what of it is not shared with a mapped file (the cache's database). What is kept (answers, decisions, pages of the database) fills for some
+ten minutes: the same load runs before, and the slope is that of the means of twelve equal blocks after it, by
+least squares, with its t interval (df 10): neighbouring readings are not independent, blocks of minutes nearly are.
 The rival is LiteLLM's proxy at a tenth of the rate (it takes no more here), for its memory alone.
 Must reach: 150 MiB without engines, litellm and MiniLM; a slope of zero within its 95 % interval. Prints a table and one JSON line.
 """
@@ -36,12 +37,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument(
+        "--warm-up", type=float, default=12, help="minutes of the same load before those that count"
+    )
     parser.add_argument("--rate", type=float, default=200, help="requests/s")
     parser.add_argument("--litellm-python", type=Path, help="an interpreter that has litellm[proxy]")
     parser.add_argument("--no-litellm", action="store_true")
     options = parser.parse_args()
     found: dict[str, Any] = {
         "minutes": options.minutes,
+        "warm_up_minutes": options.warm_up,
         "rate": options.rate,
         "upstream": "stand-in, instant",
     }
@@ -66,7 +71,7 @@ def main() -> None:
             upstream = stack.enter_context(stage.module("upstream", scratch=scratch))
             candidates = [f"openai:{upstream.url}#{name}" for name in ("small", "large")]
             proxy = stack.enter_context(edgeft(candidates, scratch, cache=True))
-            found["edgeft"] = asyncio.run(watch(proxy, options.rate, options.minutes))
+            found["edgeft"] = asyncio.run(watch(proxy, options.rate, options.minutes, options.warm_up))
         if not options.no_litellm:
             with ExitStack() as stack:
                 upstream = stack.enter_context(stage.module("upstream", scratch=scratch))
@@ -83,15 +88,15 @@ def main() -> None:
     stage.show(table, found)
 
 
-async def watch(server: Server, rate: float, minutes: float) -> dict[str, Any]:
-    """Load and readings for so many minutes."""
+async def watch(server: Server, rate: float, minutes: float, warm_up: float = 0.0) -> dict[str, Any]:
+    """Load and readings for so many minutes after those of warming up."""
     at_start = memory_bytes(server.pid)[0] / MIB
     pool, chance = Pool(server.url, server.key), random.Random(0)
     counts = Counter({"sent": 0, "failed": 0})
     began, running = time.monotonic(), set()
     readings: list[tuple[float, float, float]] = []
     next_reading = began
-    while (now := time.monotonic()) < began + 60 * minutes:
+    while (now := time.monotonic()) < began + 60 * (warm_up + minutes):
         if now >= next_reading:
             resident, own = memory_bytes(server.pid)
             readings.append(((now - began) / 60, resident / MIB, own / MIB))
@@ -105,8 +110,9 @@ async def watch(server: Server, rate: float, minutes: float) -> dict[str, Any]:
     if running:
         await asyncio.wait(running, timeout=30)
     pool.close()
-    slope, half = trend([(minute, mib) for minute, mib, _ in readings])
-    own_slope, own_half = trend([(minute, mib) for minute, _, mib in readings])
+    counted = [reading for reading in readings if reading[0] >= warm_up]
+    slope, half = trend([(minute, mib) for minute, mib, _ in counted])
+    own_slope, own_half = trend([(minute, mib) for minute, _, mib in counted])
     memory = [mib for _, mib, _ in readings]
     return {
         "requests": counts["sent"],
@@ -148,8 +154,8 @@ async def one(pool: Pool, model: str, counts: Counter[str], chance: random.Rando
 
 
 def trend(readings: list[tuple[float, float]]) -> tuple[float, float]:
-    """(slope, half of its 95 % interval) in MiB a minute, of the means of blocks after the first quarter."""
-    later = np.array(readings[len(readings) // 4 :])
+    """(slope, half of its 95 % interval) in MiB a minute, of the means of twelve blocks."""
+    later = np.array(readings)
     if len(later) < BLOCKS:
         return float("nan"), float("nan")
     x, y = (np.array([part.mean() for part in np.array_split(column, BLOCKS)]) for column in later.T)
