@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from contextlib import contextmanager
@@ -61,6 +62,9 @@ def test_a_full_disk_is_told_in_two_lines(tmp_path):
     assert found.value.hint.startswith("df -h")
 
 
+PIDS = itertools.count(1000)
+
+
 class Stand:
     """A pool of one model whose requests take known times."""
 
@@ -73,7 +77,7 @@ class Stand:
         if self.local is None:
             self.started += 1
             self.local = SimpleNamespace(
-                pid=self.started + 10 * id(self), cold_start_s=1.0, load_s=0.5, load_mode="mmap", build="b", run_profile={}
+                pid=next(PIDS), cold_start_s=1.0, load_s=0.5, load_mode="mmap", build="b", run_profile={}
             )  # fmt: skip
         yield self
 
