@@ -130,16 +130,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for key, name in NOT_MERGED.items():
         if config.get(key):
             raise UsageError(f"{folder} uses {name} ({key}), which is not merged.", f"train without {key}")
-    for key, least in (("r", 1), ("lora_alpha", None)):
-        patterns = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
-        values = [config.get(key), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
-        for value in values:
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or (least and (value < least or value != int(value))):
-                raise UsageError(
-                    f"{folder / 'adapter_config.json'}: {key} is {value!r}, and a {'whole number from 1 up' if least else 'number'} is wanted.",
-                    f"less {folder / 'adapter_config.json'}",
-                )
+    _refuse_numbers(folder / "adapter_config.json", config)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise UsageError(
@@ -147,6 +138,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "save it with path_initial_model_for_weight_conversion, as peft's documentation of that method says",
         )
     return config, header_of(file)
+
+
+def _refuse_numbers(file: Path, config: dict[str, Any]) -> None:
+    """Raise UsageError for a rank that is no whole number from 1 up, or an alpha that is no number, patterns included."""
+    for key, patterns, least in (("r", "rank_pattern", 1), ("lora_alpha", "alpha_pattern", -math.inf)):
+        by_module = config.get(patterns) or {}
+        for value in (config.get(key), *(by_module.values() if isinstance(by_module, dict) else [by_module])):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < least or (key == "r" and value != int(value)):
+                wanted = "a whole number from 1 up" if key == "r" else "a number"
+                raise UsageError(f"{file}: {key} is {value!r}, and {wanted} is wanted.", f"less {file}")
 
 
 def ends_of(weights: dict[str, Any]) -> tuple[str | None, str]:

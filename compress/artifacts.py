@@ -108,7 +108,7 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
     tokenizers.refuse(base, [folder for folder, _ in adapters], planned)
     for adapter_folder, said in _of_other_bases(base, planned.adapters):
         console.note(
-            f"  {adapter_folder} says it was trained on {said}; the base here is {origin_of(base)['name']}"
+            f"  {adapter_folder} says it was trained on {said}; the base here is {default_name(base, [])}"
         )
     if planned.tied and planned.tied != "kept":
         console.note(f"  the head was tied to the embedding and is now {planned.tied}")

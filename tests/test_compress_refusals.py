@@ -64,6 +64,7 @@ def test_a_base_keeps_its_template_where_the_adapter_brings_none(tmp_path):
         ('{"peft_type": "LORA", "r": 0, "lora_alpha": 3}', "r is 0"),
         ('{"peft_type": "LORA", "r": 2, "lora_alpha": "x"}', "lora_alpha is 'x'"),
         ('{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "rank_pattern": {"q": 0}}', "r is 0"),
+        ('{"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": [1]}', r"lora_alpha is \[1\]"),
     ],
 )
 def test_a_broken_adapter_config_is_named(tmp_path, text, seen):
