@@ -50,9 +50,11 @@ COLUMNS: dict[str, tuple[str | int, ...]] = {
     "peak_rss_bytes": ("memory", "peak_rss_bytes"),
     "peak_anon_bytes": ("memory", "peak_anon_bytes"),
     "peak_file_bytes": ("memory", "peak_file_bytes"),
+    "vram_bytes": ("memory", "vram_bytes"),
     "cold_start_s": ("load", "cold_start_s"),
     "load_s": ("load", "load_s"),
     "load_mode": ("load", "load_mode"),
+    "device": ("load", "device"),
     "error": ("error",),
 }
 

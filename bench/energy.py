@@ -1,7 +1,8 @@
 """Energy of what was measured, with the method on every figure; without a meter it is not measured.
 
-RAPL: the package's own counter (root only, absent on most virtual machines; leaves out board, disk and supply). NVML: power
-of the GPU as nvidia-smi samples it. Wall: a meter's CSV of time and watts, which is the box as the bill sees it.
+RAPL: the package's own counter (root only, absent on most virtual machines; leaves out board, disk and supply). NVML: the
+GPUs' own counters of energy (Volta and later, with the package nvidia-ml-py), else their power as nvidia-smi samples it. Wall: a
+meter's CSV of time and watts, which is the box as the bill sees it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 
 from edgeft.bench.stats import bootstrap
 from edgeft.errors import UsageError
+from edgeft.profiles.detection import gpu_facts
 
 RAPL = Path("/sys/class/powercap")
 WALL = "wall meter"
@@ -44,15 +47,18 @@ class Meter:
     def __init__(self, wall: Path | None = None, rapl_root: Path = RAPL) -> None:
         self.wall = read_wall(wall) if wall else None
         self.zones = [] if wall else rapl_zones(rapl_root)
-        self.gpu = None if wall else shutil.which("nvidia-smi")
-        methods = (
-            [WALL] if wall else [*(["RAPL package"] if self.zones else []), *(["NVML"] if self.gpu else [])]
-        )
-        self.method = " + ".join(methods) or None
+        self.counters = None if wall else gpu_counters()
+        self.gpu = None if wall or self.counters else shutil.which("nvidia-smi")
+        methods = {
+            WALL: wall, "RAPL package": self.zones, "NVML counter": self.counters, "NVML samples": self.gpu,
+        }  # fmt: skip
+        self.method = " + ".join(name for name, there in methods.items() if there) or None
 
     def start(self) -> dict[str, Any]:
         """Begin a span."""
         span: dict[str, Any] = {"monotonic_s": time.monotonic(), "uj": [_microjoules(z) for z in self.zones]}
+        if self.counters:
+            span["gpu_joules"] = self.counters()
         if self.gpu:
             span["gpu"] = subprocess.Popen(
                 [self.gpu, "--query-gpu=power.draw", "--format=csv,noheader,nounits", f"-lms={NVML_EVERY_MS}"],
@@ -69,16 +75,40 @@ class Meter:
             if spent < 0:  # the counter wrapped
                 spent += int((zone / "max_energy_range_uj").read_text())
             joules = (joules or 0.0) + spent / 1e6
+        if self.counters:
+            joules = (joules or 0.0) + self.counters() - span["gpu_joules"]
         if "gpu" in span:
             span["gpu"].terminate()
             watts = [float(w) for w in span["gpu"].communicate()[0].split() if _is_number(w)]
             if watts:
-                joules = (joules or 0.0) + float(np.mean(watts)) * seconds
+                joules = (joules or 0.0) + float(np.mean(watts)) * seconds * max(1, len(gpu_facts({}) or ()))
         return joules
 
     def wall_joules(self, begun_s: float, ended_s: float) -> float | None:
         """Joules by the wall meter between two times (Unix seconds); None where it has a gap there."""
         return joules_between(*self.wall, begun_s, ended_s) if self.wall else None
+
+
+def gpu_counters() -> Callable[[], float] | None:
+    """What tells the joules that all GPUs of this box have spent so far; None without NVML or where one has no counter.
+
+    nvmlDeviceGetTotalEnergyConsumption gives millijoules since the driver was loaded; on an H100 it moved on ten times a second.
+    """
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+
+        def joules() -> float:
+            return sum(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) for gpu in gpus) / 1e3
+
+        joules()
+    except (ImportError, OSError):
+        return None
+    except nvml.NVMLError:
+        return None
+    return joules if gpus else None
 
 
 def _microjoules(zone: Path) -> int:

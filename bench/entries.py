@@ -54,9 +54,12 @@ def entry_of(
         result["load"] = {
             **{k: first[k] for k in ("cold_start_s", "load_s", "load_mode")},
             "page_cache": journal.last(target.id, "page cache"),
+            "device": start.get("device", "cpu"),
         }
-    if peak := (journal.last(target.id, "answered") or {}).get("memory"):
+    answered = journal.last(target.id, "answered") or {}
+    if peak := answered.get("memory"):
         result["memory"] = {f"peak_{k}": v for k, v in peak.items()}
+        result["memory"]["vram_bytes"] = answered.get("vram_bytes")
         result["memory"]["over"] = "process tree, sampled every 50 ms; load, speed and accuracy runs"
         result["memory"] |= journal.last(target.id, "memory") or {}
     if target.kind == "api" and result["accuracy"]:

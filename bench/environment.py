@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 PACKAGES = (
-    "edgeft", "xllamacpp", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "gptqmodel",
+    "edgeft", "xllamacpp", "llama-cpp-python", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda",
+    "torch", "transformers", "gptqmodel",
     "optimum", "litellm", "numpy",
 )  # fmt: skip
 

@@ -20,6 +20,8 @@ from edgeft.bench.pool import drop_from_cache
 from edgeft.bench.roofline import shape_of
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
+from edgeft.child import process_tree
+from edgeft.device import driver_seen, vram_bytes
 from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row
 
@@ -29,6 +31,14 @@ WITHIN = 0.03  # of the limit: where halving ends
 CONTEXTS = (1024, 9216)  # tokens
 ROOT = Path("/sys/fs/cgroup")
 V1, V2 = "cgroup v1", "cgroup v2"
+
+
+def taken(local: Any) -> dict[str, Any]:
+    """What a model's process tree took at most so far; and, on a GPU, what it holds there now: engines give none of that back."""
+    if local is None or local.memory is None:
+        return {"memory": None}
+    vram = vram_bytes([p.pid for p in process_tree(local.pid)]) if driver_seen() else None
+    return {"memory": local.memory.peak, "vram_bytes": vram}
 
 
 def kept_tokens(target: Target, threads: int | None, log: Path) -> dict[str, Any] | None:

@@ -104,8 +104,7 @@ def answers(target: Target, pool: Pool, rows: list[Row], max_tokens: int, journa
                 say,
                 lambda item: journal.add(target.id, "answer", item),
             )
-            peak = running.local.memory.peak if running.local and running.local.memory else None
-            journal.add(target.id, "answered", {"memory": peak})
+            journal.add(target.id, "answered", memory.taken(running.local))
     except EnvironmentFault as error:
         journal.add(target.id, "error", error.message)
 

@@ -193,7 +193,8 @@ def _speed_notes(report: BenchReport) -> list[str]:
     shares = [r["roofline"] for r in report.results if (r.get("roofline") or {}).get("bandwidth_share")]
     if shares:
         lines.append(
-            f"of BW %: decode rate x bytes read a token (weights, keys and values) / {shares[0]['bandwidth_gb_per_s']:g} GB/s, "
+            "of BW %: decode rate x bytes read a token (weights, keys and values) / "
+            f"{' or '.join(f'{rate:g}' for rate in sorted({s['bandwidth_gb_per_s'] for s in shares}))} GB/s, "
             "which is what reading memory was measured at here."
         )
         lines += sorted({f"Above 100 %: {s['over_100']}." for s in shares if s["over_100"]})
@@ -212,6 +213,10 @@ def _memory_notes(report: BenchReport) -> list[str]:
     lines = []
     for r in report.results:
         memory = r.get("memory") or {}
+        device = (r.get("load") or {}).get("device") or "cpu"
+        if device != "cpu":
+            held = f", {memory['vram_bytes'] / 1e6:.0f} MB of its memory" if memory.get("vram_bytes") else ""
+            lines.append(f"{r['id']}: on {device}{held}.")
         if kept := memory.get("kv_per_1k_tokens"):
             parts = [
                 f"{kept[k] / 1e6:.1f} MB {k.split('_')[0]}"

@@ -30,14 +30,14 @@ class Shape:
     basis: str
 
 
-def shape_of(target: Target) -> Shape | None:
-    """A target's shape from its own files; None where they don't say."""
+def shape_of(target: Target, on_gpu: bool = False) -> Shape | None:
+    """A target's shape from its own files; None where they don't say. A GPU keeps weights and keys in 16 bits where a CPU takes 32."""
     if target.path is None:
         return None
     try:
         if target.engine == "gguf":
             return _of_gguf(target.path)
-        return _of_config(target)
+        return _of_config(target, on_gpu)
     except (OSError, KeyError, ValueError, ImportError, IndexError):
         return None
 
@@ -64,9 +64,11 @@ def _of_gguf(folder: Path) -> Shape:
     return Shape(read, kv, layers, heads * width, inner, "bytes of the file's tensors")
 
 
-def _of_config(target: Target) -> Shape:
+def _of_config(target: Target, on_gpu: bool) -> Shape:
     """Of a folder for transformers or onnxruntime-genai; the share of embedding and head comes from the shapes."""
     assert target.path is not None
+    number_bytes = 2 if on_gpu else 4
+    numbers = f"float{8 * number_bytes}"
     parameters = int(target.facts.get("parameters") or _parameters(target.path))
     if target.engine == "onnx":
         decoder = json.loads((target.path / "genai_config.json").read_text())["model"]
@@ -79,8 +81,8 @@ def _of_config(target: Target) -> Shape:
         layers, width = int(part["num_hidden_layers"]), int(part["head_size"])
         read = sum(f.stat().st_size for f in target.path.iterdir() if f.name.startswith("model.onnx"))
         return Shape(
-            read, 2 * layers * kv_heads * width * 4, layers, heads * width, parameters - vocabulary * hidden,
-            "bytes of the ONNX files, an embedding of its own included; keys and values in float32",
+            read, 2 * layers * kv_heads * width * number_bytes, layers, heads * width, parameters - vocabulary * hidden,
+            f"bytes of the ONNX files, an embedding of its own included; keys and values in {numbers}",
         )  # fmt: skip
     config = json.loads((target.path / "config.json").read_text())
     if any("expert" in key for key in config):
@@ -98,10 +100,10 @@ def _of_config(target: Target) -> Shape:
     tied = bool(config.get("tie_word_embeddings"))
     inner = parameters - (table if tied else 2 * table)
     quantized = "quantization_config" in config
-    bits = float(target.facts.get("bits_per_weight") or 16) if quantized else 32.0
+    bits = float(target.facts.get("bits_per_weight") or 16) if quantized else 8.0 * number_bytes
     read = int((parameters - (0 if tied else table)) * bits / 8)
-    return Shape(read, 2 * layers * kv_heads * width * 4, layers, heads * width, inner,
-                 f"parameters at {bits:.1f} bits; keys and values in float32")  # fmt: skip
+    return Shape(read, 2 * layers * kv_heads * width * number_bytes, layers, heads * width, inner,
+                 f"parameters at {bits:.1f} bits; keys and values in {numbers}")  # fmt: skip
 
 
 def _parameters(folder: Path) -> int:
@@ -127,18 +129,27 @@ def prefill_flop(shape: Shape, tokens: float) -> float:
 
 def share(result: dict[str, Any], target: Target, box: dict[str, Any]) -> dict[str, Any] | None:
     """Share of the box's bandwidth in decode and of its GEMM rate in prefill; `over_100` says what that would mean."""
-    shape, speed = shape_of(target), result.get("speed")
+    gpu = gpu_used(result, box)
+    shape, speed = shape_of(target, gpu is not None), result.get("speed")
     if shape is None or not speed or not speed.get("decode_tok_per_s"):
         return None
-    bandwidth = box.get("bandwidth_measured_gb_per_s") or box.get("bandwidth_gb_per_s")
+    roof = box if gpu is None else gpu
+    bandwidth = roof.get("bandwidth_measured_gb_per_s") or roof.get("bandwidth_gb_per_s")
     length = sum(
         p + o / 2 for p, o in zip(speed["prompt_tokens"], speed["output_tokens"], strict=True)
     ) / len(speed["prompt_tokens"])
     bound = decode_bound(shape, bandwidth, length) if bandwidth else None
     used = speed["decode_tok_per_s"]["p50"] / bound if bound else None
-    cache = ((box.get("cpu") or {}) if isinstance(box.get("cpu"), dict) else {}).get("last_level_cache_bytes")
+    cache = (
+        None
+        if gpu
+        else ((box.get("cpu") or {}) if isinstance(box.get("cpu"), dict) else {}).get(
+            "last_level_cache_bytes"
+        )
+    )
     longest = max(speed["points"], key=lambda p: p["asked"]["prompt_tokens"])
-    gemm, prefill = box.get("gemm_f32_gflop_per_s"), longest["ttft_s"]["p50"]
+    rated = "gemm_f16_gflop_per_s" if gpu else "gemm_f32_gflop_per_s"
+    gemm, prefill = roof.get(rated), longest["ttft_s"]["p50"]
     rate = prefill_flop(shape, _mean(longest["prompt_tokens"])) / prefill / 1e9
     return {
         **asdict(shape),
@@ -150,10 +161,16 @@ def share(result: dict[str, Any], target: Target, box: dict[str, Any]) -> dict[s
             else "a fault of the measurement: the bandwidth was measured too low"
         ),
         "prefill_gflop_per_s": rate,
-        "gemm_f32_gflop_per_s": gemm,
+        rated: gemm,
         "gemm_share": rate / gemm if gemm else None,
         "context_tokens": length,
     }  # fmt: skip
+
+
+def gpu_used(result: dict[str, Any], box: dict[str, Any]) -> dict[str, Any] | None:
+    """The box's GPU that the artefact ran on, with what was measured of it; None where it ran on the CPU."""
+    device = (result.get("load") or {}).get("device") or "cpu"
+    return None if device == "cpu" else next((g for g in box.get("gpu") or () if g["name"] == device), {})
 
 
 def predict(result: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any] | None:

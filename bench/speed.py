@@ -106,7 +106,7 @@ def keep_start(journal: Journal, target: Target, local: Any) -> None:
     if local and (journal.last(target.id, "start") or {}).get("pid") != local.pid:
         journal.add(target.id, "start", {
             "pid": local.pid, "cold_start_s": local.cold_start_s, "load_s": local.load_s, "load_mode": local.load_mode,
-            "engine_build": local.build, "run_profile": local.run_profile,
+            "engine_build": local.build, "device": local.device, "run_profile": local.run_profile,
         })  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeft import child
 from edgeft.compress.formats import Spec, one_of
+from edgeft.device import torch_device
 from edgeft.errors import EnvironmentFault, UsageError, missing_extra, nearest
 
 METHOD = "auto-round"
@@ -112,7 +113,7 @@ def quantize(
     chunks = packed(tokenizer, rows_file)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     rounding = AutoRound(
-        loaded, tokenizer, **scheme, iters=iters, seed=0, device_map="cpu", trust_remote_code=False,
+        loaded, tokenizer, **scheme, iters=iters, seed=0, device_map=torch_device(), trust_remote_code=False,
         dataset=[torch.tensor([chunk]) for chunk in chunks], seqlen=len(chunks[0]), nsamples=len(chunks),
         batch_size=min(8, len(chunks)),
     )  # fmt: skip

@@ -25,7 +25,7 @@ from edgeft.pull import BUILT_IN, origin_of
 
 PACKAGES = (
     "edgeft", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "gguf", "llama-cpp-python", "xllamacpp",
-    "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "gptqmodel", "optimum", "auto-round",
+    "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "gptqmodel", "optimum", "auto-round",
 )  # fmt: skip
 PLACES = "inputs.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.profiles import sensors
+from edgeft.profiles.gpu import measured as gpu_measured
 from edgeft.profiles.loader import FIGURES, GEMM
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -43,6 +44,8 @@ def detect(measure: bool = True) -> dict[str, Any]:
     before = sensors.throttle_state()
     if measure:
         bandwidth, gemm = _measure(cpu, memory, reasons)
+        if gpu:
+            gpu[0] |= gpu_measured(reasons)
     else:
         reasons.update(dict.fromkeys(("bandwidth_gb_per_s", *GEMM), "not asked for: detect(measure=False)"))
     ram_gb = round(memory["total_bytes"] / 1e9, 1) if memory["total_bytes"] else None
@@ -99,6 +102,28 @@ def as_profile(box: dict[str, Any]) -> dict[str, Any]:
     return {
         **value,
         "basis": box["basis"],
+        "as_of": box["as_of"],
+        "source": box["source"],
+        "notes": notes + "power_idle_w, power_load_w and price_usd are not known until you add them.",
+    }
+
+
+def gpu_profile(box: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a profile file for a detected box's first GPU. Raises UsageError where there is none."""
+    from edgeft.errors import UsageError
+
+    if not box["gpu"]:
+        raise UsageError(f"there is no GPU: {box['reasons'].get('gpu')}.", "edgeft profiles detect")
+    gpu = box["gpu"][0]
+    figures = {key: gpu[key] for key in FIGURES if gpu.get(key) is not None}
+    slug = "-".join(re.findall(r"[a-z0-9]+", gpu["name"].lower()))
+    notes = "".join(f"{key}: {method}. " for key, method in gpu.get("methods", {}).items())
+    return {
+        "id": f"detected-{slug}",
+        "name": gpu["name"],
+        "kind": "gpu",
+        **figures,
+        "basis": dict.fromkeys(figures, "measured"),
         "as_of": box["as_of"],
         "source": box["source"],
         "notes": notes + "power_idle_w, power_load_w and price_usd are not known until you add them.",

@@ -107,14 +107,17 @@ def onnxruntime_rates(threads: int, budget_s: float) -> Found:
     return {"gemm_int8_gop_per_s": _rated(rate, by)}
 
 
-def best_rate(multiplier: Callable[[int], Callable[[], Any]], budget_s: float) -> tuple[float, int]:
+def best_rate(
+    multiplier: Callable[[int], Callable[[], Any]], budget_s: float, sizes: tuple[int, ...] = ()
+) -> tuple[float, int]:
     """(10**9 operations a second, n) of the best n's second-fastest pass, by 2 n**3 / time; one alone can be a slip.
 
     `multiplier(n)` gives what multiplies two n x n matrices once. n grows while two more passes fit the budget.
     """
-    best, best_n = 0.0, SIZES[0]
+    sizes = sizes or SIZES
+    best, best_n = 0.0, sizes[0]
     until = time.perf_counter() + budget_s
-    for n in SIZES:
+    for n in sizes:
         work = 2 * n**3 / 1e9
         if best and time.perf_counter() + 2 * work / best > until:
             break

@@ -100,3 +100,9 @@ def test_a_limit_is_spread_over_the_file():
     rows = [{"id": i} for i in range(10)]
     assert [row["id"] for row in spread(rows, 4)] == [0, 2, 5, 7]
     assert spread(rows, 10) == spread(rows, 99) == spread(rows, None) == rows
+
+
+def test_a_cosine_of_just_eight_tenths_is_no_near_duplicate_on_any_machine():
+    # Eight of ten 4-grams in common; in float32, divided by lengths first, this came out above or below by the BLAS.
+    assert near_duplicate_clusters(["abcdefghijk", "abcdefghijz"]) == [0, 1]
+    assert near_duplicate_clusters(["abcdefghijkl", "abcdefghijkz"]) == [0, 0]  # nine of eleven

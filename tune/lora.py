@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeft.device import name_of, torch_device
 from edgeft.rows import Row, load_rows, prompt_of
 
 PATIENCE = 3  # evaluations without a better held-out loss before training stops
@@ -46,7 +47,7 @@ def train(base: str, data: str, out: str, work: str, recipe: dict[str, Any]) -> 
         target_modules=linear_names(model),
         layers_to_transform=last_layers(model.config.num_hidden_layers, recipe["last_layers"]),
     )
-    model = get_peft_model(model, config)
+    model = get_peft_model(model, config).to(torch_device())
 
     rows = load_rows(Path(data))
     encoded = [encode(tokenizer, row, recipe["max_length"]) for row in rows]
@@ -122,6 +123,7 @@ def train(base: str, data: str, out: str, work: str, recipe: dict[str, Any]) -> 
         "rows": len(rows),
         "rows_too_long": len(encoded) - len(kept),
         "rows_held_out": held,
+        "device": name_of(torch_device()),
         "trained_parameters": sum(p.numel() for p in parameters.values()),
     }
 
@@ -181,6 +183,7 @@ def answer_loss(model: Any, batch: list[tuple[list[int], int]], pad: int) -> tup
     """
     import torch
 
+    where = next(model.parameters()).device
     shared = common_prefix(batch)
     longest = max(len(ids) for ids, _ in batch) - shared
     keep = max(len(ids) - start for ids, start in batch) + 1
@@ -192,13 +195,14 @@ def answer_loss(model: Any, batch: list[tuple[list[int], int]], pad: int) -> tup
         inputs[index, offset:] = torch.tensor(ids[shared:])
         mask[index, offset:] = 1
         labels[index, offset + start - shared :] = torch.tensor(ids[start:])
+    inputs, mask, labels = inputs.to(where), mask.to(where), labels.to(where)
     positions = (mask.cumsum(-1) - 1).clamp(min=0) + shared
     past = None
     if shared:
-        prefix = torch.tensor([batch[0][0][:shared]])
+        prefix = torch.tensor([batch[0][0][:shared]], device=where)
         past = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
         past.batch_repeat_interleave(len(batch))
-        mask = torch.cat([torch.ones((len(batch), shared), dtype=torch.long), mask], dim=1)
+        mask = torch.cat([torch.ones((len(batch), shared), dtype=torch.long, device=where), mask], dim=1)
     logits = model(
         input_ids=inputs,
         attention_mask=mask,
@@ -286,9 +290,8 @@ class State:
         tensors = load_file(self.tensors)
         for name, parameter in parameters.items():
             parameter.data.copy_(tensors[f"weight/{name}"])
-            optimizer.state[parameter] = {
-                k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq")
-            }
+            moments = {k: tensors[f"{k}/{name}"].to(parameter.device) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
         print(f"progress: going on from step {facts['step']}")
         return facts["step"], facts["history"]
 

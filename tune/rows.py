@@ -20,7 +20,7 @@ from edgeft.files import write_jsonl
 from edgeft.rows import Row, messages_hash
 
 PARTS = {"train": 0.50, "calibrate": 0.06, "select": 0.14, "certify": 0.15, "report": 0.15}
-NEAR_DUPLICATE_COSINE = 0.8
+NEAR_DUPLICATE = (4, 5)  # the cosine above which two texts are near-duplicates: 0.8
 _BUCKETS = 4096
 
 
@@ -73,14 +73,16 @@ def split(rows: list[Row]) -> dict[str, list[Row]]:
 def near_duplicate_clusters(texts: list[str]) -> list[int]:
     """For each text the index of its cluster's first text.
 
-    Texts whose hashed character 4-gram counts have a cosine above 0.8 are joined, and so on through chains.
+    Texts whose hashed character 4-gram counts have a cosine above 0.8 are joined, and so on through chains. Counted in whole
+    numbers: a cosine of just 0.8, rounded up by one machine's BLAS and down by another's, put a row into another part there.
     """
-    vectors = np.zeros((len(texts), _BUCKETS), dtype=np.float32)
+    counts = np.zeros((len(texts), _BUCKETS), dtype=np.float32)
     for index, text in enumerate(texts):
         folded = f" {' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())} "
         for start in range(len(folded) - 3):
-            vectors[index, zlib.crc32(folded[start : start + 4].encode()) % _BUCKETS] += 1
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+            counts[index, zlib.crc32(folded[start : start + 4].encode()) % _BUCKETS] += 1
+    squares = (counts.astype(np.float64) ** 2).sum(1)
+    above, below = NEAR_DUPLICATE
     parent = list(range(len(texts)))
 
     def root(index: int) -> int:
@@ -90,7 +92,8 @@ def near_duplicate_clusters(texts: list[str]) -> list[int]:
         return index
 
     for start in range(0, len(texts), 1024):
-        close = vectors[start : start + 1024] @ vectors.T > NEAR_DUPLICATE_COSINE
+        dots = (counts[start : start + 1024] @ counts.T).astype(np.float64)  # whole, below 2**24: exact
+        close = (below * dots) ** 2 > above**2 * np.outer(squares[start : start + 1024], squares)
         for left, right in np.argwhere(close):
             a, b = root(int(left) + start), root(int(right))
             parent[max(a, b)] = min(a, b)

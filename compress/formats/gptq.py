@@ -12,6 +12,7 @@ from typing import Any
 from edgeft import child, console
 from edgeft.compress import autoround
 from edgeft.compress.formats import Spec, one_of
+from edgeft.device import torch_device
 from edgeft.errors import UsageError
 
 VARIANTS = ("2", "3", "4", "8")
@@ -145,6 +146,7 @@ def quantize(merged: str, out: str, calibration: str, rows: int, settings: dict[
     from edgeft.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
+    device = torch_device()
     tokenizer = load_tokenizer(Path(merged))
     texts = [
         tokenizer.apply_chat_template(row["messages"], tokenize=False)
@@ -154,7 +156,7 @@ def quantize(merged: str, out: str, calibration: str, rows: int, settings: dict[
     # Its own ordering within groups needs groups.
     ordering = {"act_group_aware": False} if settings["group_size"] == -1 else {}
     config = QuantizeConfig(**settings, **ordering, offload_to_disk=False)
-    model = GPTQModel.load(merged, config, device="cpu", dtype=torch.float32)
+    model = GPTQModel.load(merged, config, device=device, dtype=torch.float32)
     model.quantize(texts, batch_size=8)
     model.save(out)
     restore_dtype(Path(out), json.loads(Path(merged, "config.json").read_text()).get("dtype") or "float16")

@@ -25,7 +25,8 @@ OPTIONS: dict[str, Any] = {
 }
 NEEDS_ROWS: dict[str, str] = {}
 ENGINE = "onnx"
-PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx-ir", "torch", "transformers")
+RUNTIME = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = (*RUNTIME, "onnx-ir", "torch", "transformers")
 REQUIRES = {
     "onnxruntime_genai": "onnx",
     "onnx_ir": "compress",

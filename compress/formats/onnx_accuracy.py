@@ -88,11 +88,11 @@ def _hash(rows: Path | None) -> str | None:
 
 def _key(job: Any, merged_sha256: str) -> str:
     """What the measurement depends on: the model, the graph's options, the rows, the versions, the CPU."""
-    from importlib.metadata import version
-
+    from edgeft.compress.formats.onnx import RUNTIME
+    from edgeft.compress.provenance import installed
     from edgeft.files import sha256_json
 
-    versions = [version("onnxruntime-genai"), version("onnxruntime")]
+    versions = list(installed(RUNTIME).values())
     options = {k: v for k, v in job.options.items() if k != "accuracy_level"}
     parts = [merged_sha256, job.variant, options, _hash(job.calibration), versions, _cpu(), job.threads]
     return sha256_json(parts)[:16]

@@ -86,8 +86,9 @@ def show_command(profile_id: str) -> None:
 
 @command.command("detect")
 @click.option("--out", type=click.Path(path_type=Path), help="Write a profile file of this box.")
+@click.option("--gpu", "gpu_alone", is_flag=True, help="Write the profile of its first GPU instead.")
 @options
-def detect_command(out: Path | None) -> None:
+def detect_command(out: Path | None, gpu_alone: bool) -> None:
     """Measure this box: CPU, memory, GPU, bandwidth, matrix multiplication.
 
     Takes about ten seconds, under 20. With --out, writes what a profile holds; add power and price by hand.
@@ -95,18 +96,19 @@ def detect_command(out: Path | None) -> None:
     from edgeft.files import write_text
     from edgeft.home import config_dir
     from edgeft.profiles import detect
-    from edgeft.profiles.detection import as_profile
+    from edgeft.profiles.detection import as_profile, gpu_profile
 
     with console.step("measuring this box"):
         box = detect()
     console.table((box["id"], "value"), _facts(box), title=box["name"])
     lines = [f"{what}: {why}" for what, why in box["reasons"].items()]
+    profile = gpu_profile(box) if gpu_alone else as_profile(box)
     if out is not None:
         import yaml
 
-        write_text(out, yaml.safe_dump(as_profile(box), sort_keys=False, allow_unicode=True, width=110))
+        write_text(out, yaml.safe_dump(profile, sort_keys=False, allow_unicode=True, width=110))
         box["written_to"] = str(out)
-        lines.append(f"wrote {out}; in {config_dir('profiles')} it is found as '{box['id']}'")
+        lines.append(f"wrote {out}; in {config_dir('profiles')} it is found as '{profile['id']}'")
     console.result(box, "\n".join(lines))
 
 
@@ -140,6 +142,7 @@ def _facts(box: dict[str, Any]) -> list[tuple[str, str]]:
         ("system", f"{box['os']['name']}, kernel {box['os']['kernel']}"),
         ("virtual machine", {True: "yes", False: "no", None: None}[box["virtualized"]]),
         ("GPU", "; ".join(gpus) or None),
+        *_gpu_facts((box["gpu"] or [{}])[0]),
         ("memory read", f"{bandwidth['gb_per_s']} GB/s" if bandwidth.get("gb_per_s") else None),
         ("  method", bandwidth.get("method")),
         *_gemm_facts(box["gemm"] or {}),
@@ -160,6 +163,17 @@ def _gemm_facts(gemm: dict[str, Any]) -> list[tuple[str, Any]]:
         facts.append((f"GEMM {name}", None if found["rate"] is None else f"{found['rate']} {unit}"))
         facts.append(("  method", found["method"]))
     return facts
+
+
+def _gpu_facts(gpu: dict[str, Any]) -> list[tuple[str, Any]]:
+    from edgeft.profiles.loader import GEMM
+
+    names = {"bandwidth_gb_per_s": ("GPU memory", "GB/s")}
+    names |= {
+        key: (f"GPU GEMM {name}", "GOP/s" if key.endswith("gop_per_s") else "GFLOP/s")
+        for key, name in GEMM.items()
+    }
+    return [(name, f"{gpu[key]:,.0f} {unit}") for key, (name, unit) in names.items() if key in gpu]
 
 
 def _throttling(found: dict[str, Any] | None) -> str | None:

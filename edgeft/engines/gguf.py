@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeft.device import gpu_layers
 from edgeft.engines import micro_batch
 from edgeft.errors import UsageError
 
@@ -144,7 +145,7 @@ def listening(model: Path, beside: list[tuple[Path, float]], options: dict[str, 
     p.n_ctx = options["context"] * (p.n_parallel if "slots" in options else 1)
     p.kv_unified = False  # a slot's context is its own: one long request takes none of another's
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = options["threads"]
-    p.n_gpu_layers = options.get("gpu_layers", 0)
+    p.n_gpu_layers = gpu_layers(options)
     set_run_options(llama, p, options)
     if pooling := pooling_of(options):
         p.embedding = True

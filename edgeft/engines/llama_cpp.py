@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeft.device import gpu_layers
 from edgeft.engines.chat_server import Reader, features, listen
 from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, log_softmax
 from edgeft.engines.decoding import likeliest as likeliest_of
@@ -32,7 +33,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{folder} is an adapter to be loaded beside a base.", "--gguf-engine gguf loads it")
     llama.llama_backend_init()
     parameters = llama.llama_model_default_params()
-    parameters.n_gpu_layers = options.get("gpu_layers", 0)
+    parameters.n_gpu_layers = gpu_layers(options)
     model = llama.llama_model_load_from_file(str(file).encode(), parameters)
     if not model:
         raise RuntimeError(f"llama.cpp can't load {file}")

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from edgeft.device import gpu_layers
 from edgeft.engines.gguf import (
     files_of,
     logits,
@@ -89,7 +90,7 @@ def command(
     wanted: dict[str, Any] = {
         "--model": model, "--alias": options["name"], "--host": "127.0.0.1", "--port": 0, "--parallel": slots,
         "--ctx-size": options["context"] * (slots if "slots" in options else 1), "--threads": options["threads"],
-        "--threads-batch": options.get("threads_batch", options["threads"]), "--n-gpu-layers": options.get("gpu_layers", 0),
+        "--threads-batch": options.get("threads_batch", options["threads"]), "--n-gpu-layers": gpu_layers(options),
         "--batch-size": options.get("batch"), "--ubatch-size": options.get("ubatch"), "--poll": options.get("poll"),
         "--cache-type-k": options.get("kv_type"), "--cache-type-v": options.get("kv_type"),
         "--spec-type": options["speculative"].replace("_", "-") if "speculative" in options else None,

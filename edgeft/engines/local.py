@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import child
+from edgeft.device import device_of
 from edgeft.engines.run_profile import options_for
 from edgeft.errors import BY_NAME, EnvironmentFault
 
@@ -25,8 +26,8 @@ class LocalModel:
 
     Attributes: url, port, key, pid, cold_start_s (spawning to ready, imports included), load_s (inside the
     child, imports of the engine included), build (the engine's name and version), load_mode, slots (requests at a time), batch
-    (tokens of a prompt read at once, where the engine says it), features (what it can do: docs/engines.md), memory (its peak,
-    sampled from the start, with `sample_memory`).
+    (tokens of a prompt read at once, where the engine says it), device (a GPU's name, or 'cpu'), features (what it
+    can do: docs/engines.md), memory (its peak, sampled from the start, with `sample_memory`).
     Raises EnvironmentFault where the engine can't load the folder.
     """
 
@@ -85,6 +86,7 @@ class LocalModel:
         self.load_s = float(reply["load_s"])
         self.build = str(reply["build"])
         self.load_mode = str(reply["load_mode"])
+        self.device = str(reply.get("device") or device_of(self.pid))
         self.slots = int(reply.get("slots", 1))
         self.batch: int | None = reply.get("batch")
         self.features: dict[str, Any] = reply.get("features", {})

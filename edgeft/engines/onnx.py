@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeft.device import CPU
 from edgeft.engines.chat_server import Reader, features, listen
 from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, likeliest, log_softmax
 from edgeft.errors import UsageError
 
+GENAI = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 REQUIRES = {"onnxruntime_genai": "onnx", "tokenizers": "onnx"}
 
 
 def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load the model in `folder` and listen. Runs in a worker process."""
-    from importlib.metadata import version
-
     import onnxruntime_genai as og
     from tokenizers import Tokenizer
 
@@ -59,10 +59,19 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     reader = Reader(tokenize, render, complete, begin, constrains=guided(model))
     return {
         "port": listen(chat, options["key"], options["name"], reader),
-        "build": f"onnxruntime-genai {version('onnxruntime-genai')}",
+        "build": genai_build(),
         "load_mode": "read",
+        "device": device_of(model),
         "features": features(reader),
     }
+
+
+def device_of(model: Any) -> str:
+    """'cpu', or the GPU's name where the model computes on one."""
+    from edgeft.profiles.detection import gpu_facts
+
+    on_cpu = str(model.device_type).lower() != "cuda"
+    return CPU if on_cpu else str((gpu_facts({}) or [{"name": "cuda"}])[0]["name"])
 
 
 def guided(model: Any) -> bool:
@@ -161,6 +170,16 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
 
 def logits_build() -> str:
     """The package that computes the logits."""
-    from importlib.metadata import version
+    return genai_build()
 
-    return f"onnxruntime-genai {version('onnxruntime-genai')}"
+
+def genai_build() -> str:
+    """onnxruntime-genai's distribution and version: the one for CUDA has a name of its own."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in GENAI:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return "onnxruntime-genai, version not known"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgeft.device import CPU, name_of, torch_device
 from edgeft.engines.chat_server import Reader, features, listen
 from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, likeliest
 from edgeft.errors import UsageError
 
+KERNELS = ("auto", "gptq_triton", "gptq_torch")  # of gptqmodel, in the order that they are tried on a GPU
 REQUIRES = {"torch": "compress", "transformers": "compress"}
 
 
@@ -46,8 +50,9 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "port": listen(chat, options["key"], options["name"], reader),
-        "build": f"transformers {transformers.__version__}",
+        "build": f"transformers {transformers.__version__}{kernel_of(model)}",
         "load_mode": "read",
+        "device": name_of(model.device.type),
         "features": features(reader, embeddings="mean" if options.get("embeddings") == "mean" else "last"),
     }
 
@@ -68,10 +73,11 @@ def must_fit(ids: list[int], context: int, vocabulary: int) -> None:
         raise BadRequest(f"the token id {max(ids)} is not in the vocabulary of {vocabulary}")
 
 
-def load(folder: Path, threads: int) -> tuple[Any, Any]:
-    """(model, tokenizer), the weights as float32 unless they are quantized."""
-    import json
+def load(folder: Path, threads: int, exact: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer), on the GPU where torch sees one.
 
+    Quantized weights as they are stored; others as float32 on a CPU, and on a GPU as they are stored unless `exact`.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -79,8 +85,40 @@ def load(folder: Path, threads: int) -> tuple[Any, Any]:
 
     torch.set_num_threads(threads)
     quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if quantized else torch.float32)
-    return model.eval(), load_tokenizer(folder)
+    device = torch_device()
+    if quantized and device != CPU:
+        return by_kernel(folder, device).eval(), load_tokenizer(folder)
+    whole = not quantized and (exact or device == CPU)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if whole else "auto")
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def by_kernel(folder: Path, device: str) -> Any:
+    """A GPTQ checkpoint on the GPU, by the first of KERNELS that takes its widths.
+
+    gptqmodel's own choice by way of transformers looks at bits and card and not at the widths: on an H100 it was Machete, which
+    can't hold a layer of 192 outputs. Raises what the last of them raises.
+    """
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    bits = json.loads((folder / "config.json").read_text())["quantization_config"]["bits"]
+    for kernel in KERNELS:
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto",
+                device_map={"": device},
+                quantization_config=GPTQConfig(bits=bits, backend=kernel),
+            )
+        except (NotImplementedError, ValueError) as error:
+            refused = error
+            print(f"the kernel {kernel} does not take this checkpoint: {error}", file=sys.stderr)
+    raise refused
+
+
+def kernel_of(model: Any) -> str:
+    """The class of quantized linear layer that computes, after a comma; empty for a model that is not quantized."""
+    return next((f", {type(m).__name__}" for m in model.modules() if hasattr(m, "qweight")), "")
 
 
 def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, pace: Pace) -> Steps:
@@ -95,12 +133,15 @@ def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, pac
     for piece in pace.pieces(ids):
         with torch.inference_mode():
             out = model(
-                input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True, logits_to_keep=1
+                input_ids=torch.tensor([piece], device=model.device),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
             )
         past = out.past_key_values
         yield None
     while True:
-        logprobs = out.logits[0, -1].float().log_softmax(-1)  # type: ignore[union-attr]
+        logprobs = out.logits[0, -1].float().cpu().log_softmax(-1)  # type: ignore[union-attr]
         if sampling.ignore_eos:
             logprobs[list(ends)] = -torch.inf
         token = int(logprobs.argmax()) if sampling.temperature == 0 else draw(logprobs, sampling, chance)
@@ -114,7 +155,10 @@ def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, pac
         )
         with torch.inference_mode():
             out = model(
-                input_ids=torch.tensor([[token]]), past_key_values=past, use_cache=True, logits_to_keep=1
+                input_ids=torch.tensor([[token]], device=model.device),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
             )
         past = out.past_key_values
 
@@ -128,7 +172,8 @@ def embedding(model: Any, ids: list[int], pace: Pace, mean: bool) -> Iterator[li
     state: Any = None
     for piece in pace.pieces(ids):
         with torch.inference_mode():
-            out = model.base_model(input_ids=torch.tensor([piece]), past_key_values=past, use_cache=True)
+            ids_in = torch.tensor([piece], device=model.device)
+            out = model.base_model(input_ids=ids_in, past_key_values=past, use_cache=True)
         past, state = out.past_key_values, out.last_hidden_state[0].float()
         summed = summed + state.sum(0)
         yield None
@@ -157,10 +202,10 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
     """Logits of every position, a float32 array [tokens, vocabulary] a row. Runs in a child process."""
     import torch
 
-    model, _ = load(folder, options["threads"])
+    model, _ = load(folder, options["threads"], exact=True)
     for row in ids:
         with torch.inference_mode():
-            yield model(input_ids=torch.tensor([row])).logits[0].float().numpy()
+            yield model(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu().numpy()
 
 
 def logits_build() -> str:
