@@ -12,15 +12,10 @@ from pathlib import Path
 import numpy as np
 import route_data
 
-from edgeft.router import kernel, ridge
-from edgeft.router.cascade import fit_gain, gains, read_drafts, standardised
-from edgeft.router.draft_features import FEATURES
+from edgeft.router import blend, ridge, surface
+from edgeft.router.cascade import fit_gain, gains, read_drafts
 from edgeft.router.drafts import Draft
-from edgeft.router.embedding import fit_vectors, mix, nonnegative
-
-OTHERS = ("log_prompt", "fractions", "percent", "max_number", "sum_of_numbers", "different_numbers")
-QUESTION = [place for place, name in enumerate(FEATURES) if name.startswith("question") or name in OTHERS]
-WIDTHS = (0.3, 0.8)
+from edgeft.router.embedding import parts_of, vector_heads
 
 
 def main() -> None:
@@ -32,31 +27,28 @@ def main() -> None:
     gain, targets = strong - weak, np.column_stack([weak, strong - weak])
     prompts, drafts = [r["prompt"] for r in rows], [r["weak_response"] for r in rows]
     read = read_drafts([(p, Draft(d)) for p, d in zip(prompts, drafts, strict=True)])
+    numbers = surface.of(prompts)
     vectors = route_data.embeddings(options.data, "gsm8k-prompt", prompts, options.encoder)
 
     def predict(fitting: np.ndarray, test: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         y = gain[fitting]
-        text = ridge.fit(read.prompts[fitting], y)
-        x, mean, scale = standardised(read.numbers[fitting][:, QUESTION])
-        later = np.clip((read.numbers[test][:, QUESTION] - mean) / scale, -4, 4)
-        heads = {"hashed": (text.left_out, read.prompts[test] @ text.weights + text.bias)}
-        for name, own, other, widths in (
-            ("MiniLM", vectors[fitting], vectors[test], WIDTHS),
-            ("surface of the prompt", x, later, (10.0, 30.0, 100.0)),
-        ):
-            head = kernel.fit(own, y[:, None], widths)
-            heads[name] = (head.left_out[:, 0], kernel.predict(head, other)[:, 0])
-        found = {name: out for name, (_, out) in heads.items()}
-        weights = nonnegative([left_out - y.mean() for left_out, _ in heads.values()], y - y.mean())
-        blend = sum(w * out for w, (_, out) in zip(weights, heads.values(), strict=True))
-        found["prompt: blend"] = blend + 1e-9 * heads["hashed"][1]
-        # What `edgeft route fit --encoder` fits: levels and gains, hashed words, kernel and neighbours on MiniLM.
+        # What `edgeft route fit --encoder` fits: levels and gains, hashed words, kernel and neighbours on MiniLM, the prompt's surface.
         words = ridge.fit_all(read.prompts[fitting], targets[fitting])
-        tensors, _, spec = fit_vectors(
-            vectors[fitting], targets[fitting], np.column_stack([h.left_out for h in words])
-        )
-        said = np.column_stack([read.prompts[test] @ h.weights + h.bias for h in words])
-        found["prompt: route fit"] = mix(tensors, spec, vectors[test], said)[:, 1]
+        tensors, _, spec, left_out = vector_heads(vectors[fitting], targets[fitting])
+        parts = [
+            read.prompts[test] @ np.array([h.weights for h in words]).T + np.array([h.bias for h in words])
+        ]
+        parts += parts_of(tensors, spec, vectors[test])
+        own = {"hashed": np.column_stack([h.left_out for h in words]), **left_out}
+        more, block, seen = surface.fit(numbers[fitting], targets[fitting])
+        looks = surface.outputs(more, block, numbers[test])
+        found = {name: part[:, 1] for name, part in zip(own, parts, strict=True)} | {"surface": looks[:, 1]}
+        if blend.pays(list(own.values()), seen, targets[fitting]):
+            own, parts = {**own, "surface": seen}, [*parts, looks]
+        found["prompt: route fit"] = blend.mix(blend.fit(list(own.values()), targets[fitting]), parts)[:, 1]
+        # Without a download: hashed words and the surface.
+        both = blend.fit([own["hashed"], seen], targets[fitting])
+        found["prompt: route fit without an encoder"] = blend.mix(both, [parts[0], looks])[:, 1]
         judge, _ = fit_gain(read.rows(fitting), y)
         found["prompt + draft: the judge"] = gains(judge, read.rows(test))
         return found

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeft.router import kernel, ridge
+from edgeft.router.blend import nonnegative
 from edgeft.router.draft_features import FEATURES, features
 from edgeft.router.drafts import Draft, agree, checks, first_tokens
-from edgeft.router.embedding import nonnegative
 from edgeft.router.features import matrix
 from edgeft.router.figures import choose_threshold
 from edgeft.router.request import CHARS_PER_TOKEN, Request, as_request

@@ -51,16 +51,42 @@ FEATURES = (
     "sum_of_numbers", "different_numbers", "question_decimals",
 )  # fmt: skip
 
+# Those that the prompt alone says.
+QUESTION = tuple(
+    name
+    for name in FEATURES
+    if name.startswith("question")
+    or name in ("log_prompt", "fractions", "percent", "max_number", "sum_of_numbers", "different_numbers")
+)
+
 
 def features(prompt: str, draft: Draft) -> list[float]:
     """The numbers that the judge reads, in the order of FEATURES."""
     found = equations(draft.text)
-    numbers = surface(prompt, draft, found) | replay(prompt, draft.text, found[:MOST_EQUATIONS])
+    numbers = (
+        question(prompt) | surface(prompt, draft, found) | replay(prompt, draft.text, found[:MOST_EQUATIONS])
+    )
     return [float(numbers[name]) for name in FEATURES]
 
 
+def question(prompt: str) -> dict[str, float | bool]:
+    """Length, numbers and marks of the prompt alone."""
+    asked = _numbers(prompt)
+    return {
+        "log_prompt": math.log1p(len(prompt)), "question_numbers": len(asked), "question_sentences": _sentences(prompt),
+        "fractions": _count(r"\d\s*/\s*\d|half|third|quarter|fifth", prompt), "percent": prompt.count("%"),
+        "question_asks_remaining": _count(r"\b(?:left|remain|more than|less than|fewer|difference|still)\b", prompt) > 0,
+        "max_number": math.log1p(max([abs(v) for v in asked] or [0])), "question_words": len(prompt.split()),
+        "question_each": _count(r"\b(?:each|every|per)\b", prompt), "question_times": _count(r"\b(?:twice|double|triple|times|half)\b", prompt),
+        "question_order": _count(r"\b(?:first|then|after|before|next|last)\b", prompt),
+        "question_time": _count(r"\b(?:day|week|month|year|hour|minute)s?\b", prompt),
+        "sum_of_numbers": math.log1p(sum(abs(v) for v in asked)), "different_numbers": len(set(asked)),
+        "question_decimals": sum(v != round(v) for v in asked),
+    }  # fmt: skip
+
+
 def surface(prompt: str, draft: Draft, found: list[Equation]) -> dict[str, float | bool]:
-    """Lengths, counts and marks of question and draft."""
+    """Lengths, counts and marks of the draft, some against the question's."""
     text, answer = draft.text, answer_number(draft.text)
     asked, used = _numbers(prompt), _numbers(text)
     seen, wrong = counted(found)
@@ -69,30 +95,24 @@ def surface(prompt: str, draft: Draft, found: list[Equation]) -> dict[str, float
     lines = [line for line in text.splitlines() if line.strip()]
     agrees = None if draft.second is None else agree(text, draft.second)
     return {
-        "log_characters": math.log1p(len(text)), "log_prompt": math.log1p(len(prompt)), "lines": len(lines), "numbers": math.log1p(len(used)),
+        "log_characters": math.log1p(len(text)), "lines": len(lines), "numbers": math.log1p(len(used)),
         "equations": seen, "equations_wrong": wrong, "label": LABEL in text, "cut": _is_cut(draft),
         "answer_integer": answer is not None and abs(answer - round(answer)) < 1e-6,
         "log_answer": 0.0 if answer is None else math.log1p(abs(min(answer, 1e12))),
         "answer_last": bool(body) and answer is not None and math.isclose(body[-1], answer, rel_tol=1e-6),
         "numbers_unused": sum(v not in used for v in known), "numbers_new": len(set(used) - known),
         "steps_per_number": seen / (1 + len(asked)), "annotations": text.count("<<"), "ends_blank": text.endswith("\n"),
-        "question_numbers": len(asked), "question_sentences": _sentences(prompt), "hedges": len(HEDGES.findall(text)),
-        "fractions": _count(r"\d\s*/\s*\d|half|third|quarter|fifth", prompt), "percent": prompt.count("%"),
+        "hedges": len(HEDGES.findall(text)),
         "repeats": len(lines) - len(set(lines)), "answer_in_question": answer is not None and answer in known,
         "answer_negative": answer is not None and answer < 0, "rounding": _count(r"\d\.\d{3,}", text), "equal_signs": text.count("="),
-        "question_asks_remaining": _count(r"\b(?:left|remain|more than|less than|fewer|difference|still)\b", prompt) > 0,
-        "variables": _count(r"(?<![\w])[a-zA-Z](?=\s*[=+\-*/])", text), "max_number": math.log1p(max([abs(v) for v in asked] or [0])),
+        "variables": _count(r"(?<![\w])[a-zA-Z](?=\s*[=+\-*/])", text),
         "logprob": draft.mean_logprob or 0.0, "logprob_known": draft.mean_logprob is not None,
         "agrees": bool(agrees), "agrees_known": agrees is not None,
-        "question_words": len(prompt.split()), "length_to_prompt": len(text) / (1 + len(prompt)),
+        "length_to_prompt": len(text) / (1 + len(prompt)),
         "answer_below_one": answer is not None and abs(answer) < 1, "answer_zero": answer == 0, "answer_missing": answer is None,
         "longest_line": max([len(line) for line in lines] or [0]) / 100,
-        "question_each": _count(r"\b(?:each|every|per)\b", prompt), "question_times": _count(r"\b(?:twice|double|triple|times|half)\b", prompt),
-        "question_order": _count(r"\b(?:first|then|after|before|next|last)\b", prompt),
-        "question_time": _count(r"\b(?:day|week|month|year|hour|minute)s?\b", prompt),
         "label_at_end": LABEL in text.rstrip()[-60:], "sentences": _count(r"[.!?]", text.partition(LABEL)[0]), "blank_lines": text.count("\n\n"),
-        "says_answer": _count(r"the answer", text), "labels": text.count(LABEL), "sum_of_numbers": math.log1p(sum(abs(v) for v in asked)),
-        "different_numbers": len(known), "question_decimals": sum(v != round(v) for v in asked),
+        "says_answer": _count(r"the answer", text), "labels": text.count(LABEL),
     }  # fmt: skip
 
 

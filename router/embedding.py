@@ -1,12 +1,10 @@
 """The heads that read a sentence embedding: Gaussian kernel ridge, and the mean of the nearest training rows.
 
-They are blended with the hashed head per output, by non-negative least squares on leave-one-out predictions; weights below
-one in sum shrink towards the mean. onnxruntime and tokenizers at run time, no torch.
+They are blended with the other heads (`router/blend.py`). onnxruntime and tokenizers at run time, no torch.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 
 from edgeft.errors import UsageError, missing_extra
 from edgeft.files import read_json, sha256_file
-from edgeft.router import kernel
+from edgeft.router import blend, kernel
 from edgeft.router.minilm_export import CARD, GRAPH, TOKENIZER
 
 WIDTHS = (0.3, 0.5, 0.8)  # of unit vectors, whose squared distances lie in 0..4
@@ -77,61 +75,46 @@ def read_spec(folder: Path) -> dict[str, Any]:
 
 
 def fit_embedding(
-    folder: Path, items: Sequence[Any], targets: np.ndarray, text_heads: Sequence[Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
-    """(tensors, what is said of the heads, features block) of the embedding heads on fitting rows."""
+    folder: Path, items: Sequence[Any], targets: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+    """(tensors, what is said of the heads, features block, leave-one-out predictions by head) of the embedding heads on fitting rows."""
     spec = read_spec(folder)
     encoder = load_encoder(spec)
-    vectors = np.array([encoder(item.request) for item in items])
-    text = np.column_stack([head.left_out for head in text_heads])
-    tensors, said, more = fit_vectors(vectors, targets, text)
-    return tensors, said, {**spec, **more}
+    tensors, said, more, left_out = vector_heads(np.array([encoder(item.request) for item in items]), targets)
+    return tensors, said, {**spec, **more}, left_out
 
 
-def fit_vectors(
-    vectors: np.ndarray, targets: np.ndarray, text_left_out: np.ndarray | None
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
-    """The same from vectors [n, E], targets [n, K] and the hashed head's leave-one-out predictions [n, K] (None: no such head)."""
+def vector_heads(
+    vectors: np.ndarray, targets: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+    """The same from vectors [n, E] and targets [n, K]; each prediction is [n, K]."""
     head = kernel.fit(vectors, targets, WIDTHS)
     near = nearest(vectors, vectors, max(NEIGHBOURS), leave_out_self=True)
     by_k = {k: targets[near[:, :k]].mean(1) for k in NEIGHBOURS if k < len(vectors)} or {
         1: targets[near[:, :1]].mean(1)
     }
     k = min(by_k, key=lambda k: float(((by_k[k] - targets) ** 2).mean()))
-    left_out = [head.left_out, by_k[k]] if text_left_out is None else [text_left_out, head.left_out, by_k[k]]
-    means = targets.mean(0)
-    blend = np.column_stack(
-        [
-            nonnegative([p[:, i] - means[i] for p in left_out], targets[:, i] - means[i])
-            for i in range(targets.shape[1])
-        ]
-    )
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "landmark.vectors": head.landmarks.astype(np.float32), "landmark.weights": head.weights.astype(np.float32),
         "landmark.bias": head.bias.astype(np.float32), "memory.vectors": vectors.astype(np.float16),
-        "memory.targets": targets.astype(np.float32), "blend": blend.astype(np.float32), "blend.means": means.astype(np.float32),
+        "memory.targets": targets.astype(np.float32),
     }  # fmt: skip
-    said = {
-        "blend": blend.tolist(),
-        "blend_of": ["hashed", "kernel", "neighbours"][-len(left_out) :],
-        "kernel_loo_mse": head.loo_mse,
-    }
-    return tensors, said, {"width": head.width, "neighbours": k}
+    return (
+        tensors,
+        {"kernel_loo_mse": head.loo_mse},
+        {"width": head.width, "neighbours": k},
+        {"kernel": head.left_out, "neighbours": by_k[k]},
+    )
 
 
-def nonnegative(predictions: Sequence[np.ndarray], target: np.ndarray) -> np.ndarray:
-    """The non-negative weights of least squares of centred predictions: the best of all subsets whose weights are positive."""
-    x = np.column_stack(predictions)
-    best, found = float((target**2).sum()), np.zeros(x.shape[1])
-    for size in range(1, x.shape[1] + 1):
-        for subset in itertools.combinations(range(x.shape[1]), size):
-            part = x[:, subset]
-            weights = np.linalg.lstsq(part, target, rcond=None)[0]
-            error = float(((target - part @ weights) ** 2).sum())
-            if (weights > 0).all() and error < best - 1e-12:
-                best, found = error, np.zeros(x.shape[1])
-                found[list(subset)] = weights
-    return found
+def fit_vectors(
+    vectors: np.ndarray, targets: np.ndarray, text_left_out: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """Heads on vectors, blended with the hashed head's leave-one-out predictions [n, K] (None: no such head)."""
+    tensors, said, spec, left_out = vector_heads(vectors, targets)
+    parts = [*([] if text_left_out is None else [text_left_out]), *left_out.values()]
+    tensors |= blend.fit(parts, targets)
+    return tensors, {**said, "blend": tensors["blend"].tolist()}, spec
 
 
 def nearest(queries: np.ndarray, memory: np.ndarray, k: int, leave_out_self: bool = False) -> np.ndarray:
@@ -149,29 +132,20 @@ def nearest(queries: np.ndarray, memory: np.ndarray, k: int, leave_out_self: boo
     return np.concatenate(found)
 
 
-def mix(
-    tensors: Mapping[str, Any], spec: Mapping[str, Any], vectors: np.ndarray, text: np.ndarray | None
-) -> np.ndarray:
-    """Blended outputs [n, K] of embeddings [n, E] and of the hashed head's outputs [n, K]."""
+def parts_of(tensors: Mapping[str, Any], spec: Mapping[str, Any], vectors: np.ndarray) -> list[np.ndarray]:
+    """Outputs of the kernel and of the neighbours, each [n, K], of embeddings [n, E]."""
     kernel_part = (
         kernel.gram(vectors, tensors["landmark.vectors"], spec["width"]) @ tensors["landmark.weights"]
         + tensors["landmark.bias"]
     )
     memory = np.asarray(tensors["memory.vectors"], np.float32)
     near = nearest(vectors, memory, spec["neighbours"])
-    parts = [kernel_part, tensors["memory.targets"][near].mean(1)]
-    if text is not None:
-        parts.insert(0, text)
-    means = tensors["blend.means"]
-    return means + sum(weight * (part - means) for weight, part in zip(tensors["blend"], parts, strict=True))
+    return [kernel_part, tensors["memory.targets"][near].mean(1)]
 
 
-def blended(
-    tensors: Mapping[str, Any],
-    spec: Mapping[str, Any],
-    text: np.ndarray,
-    encoder: Encoder,
-    texts: Sequence[str],
+def mix(
+    tensors: Mapping[str, Any], spec: Mapping[str, Any], vectors: np.ndarray, text: np.ndarray | None
 ) -> np.ndarray:
-    """Outputs [n, K] of texts, of which the hashed head's are known."""
-    return mix(tensors, spec, np.array([encoder(t) for t in texts]), text)
+    """Blended outputs [n, K] of embeddings [n, E] and of the hashed head's outputs [n, K]: what `fit_vectors` fitted."""
+    parts = parts_of(tensors, spec, vectors)
+    return blend.mix(tensors, parts if text is None else [text, *parts])

@@ -1,4 +1,4 @@
-"""The tensors of a policy out of its fitting rows: heads on the text, on an embedding, output tokens, the judge of drafts."""
+"""The tensors of a policy out of its fitting rows: heads on the text, on an embedding, on its surface, output tokens, the judge of drafts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgeft.errors import UsageError
-from edgeft.router import ridge
+from edgeft.router import blend, ridge, surface
 from edgeft.router.drafts import Draft
 from edgeft.router.duplicates import signatures
 from edgeft.router.features import SPEC, matrix
@@ -35,12 +35,22 @@ def fit_heads(
     }
     said["tokens"] = _token_head(items, x, tensors)
     features: dict[str, Any] = dict(SPEC)
+    targets = targets_of(quality)
+    left_out = {"hashed": np.column_stack([head.left_out for head in fitted])}
     if encoder:
         from edgeft.router.embedding import fit_embedding
 
-        more, blend, features["embedding"] = fit_embedding(encoder, items, targets_of(quality), fitted)
+        more, said["embedding"], features["embedding"], others = fit_embedding(encoder, items, targets)
         tensors |= more
-        said["embedding"] = blend
+        left_out |= others
+    more, block, seen = surface.fit(surface.of([item.request for item in items]), targets)
+    if blend.pays(list(left_out.values()), seen, targets):
+        tensors |= more
+        features["surface"] = block
+        left_out["surface"] = seen
+    if len(left_out) > 1:
+        tensors |= blend.fit(list(left_out.values()), targets)
+        said["blend"] = dict(zip(left_out, tensors["blend"].tolist(), strict=True))
     return tensors, said, features
 
 
@@ -53,11 +63,16 @@ def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Se
     """Expected scores [items, candidates] as `decide` computes them from these tensors."""
     texts = [item.request for item in items]
     outputs = matrix(texts) @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
-    if features.get("embedding"):
-        from edgeft.router.embedding import blended, load_encoder
+    parts = [outputs]
+    if spec := features.get("embedding"):
+        from edgeft.router.embedding import load_encoder, parts_of
 
-        spec = features["embedding"]
-        outputs = blended(tensors, spec, outputs, load_encoder(spec), texts)
+        encoder = load_encoder(spec)
+        parts += parts_of(tensors, spec, np.array([encoder(text) for text in texts]))
+    if spec := features.get("surface"):
+        parts.append(surface.outputs(tensors, spec, surface.of(texts)))
+    if len(parts) > 1:
+        outputs = blend.mix(tensors, parts)
     gains = np.clip(outputs[:, 1:], -1.0, 1.0)
     return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])
 

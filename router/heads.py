@@ -1,5 +1,5 @@
-"""From a request's text to expected scores and output tokens: linear heads on hashed text, and on an embedding with
-its neighbours where the policy has one. Column 0 is the cheapest candidate's score, column i a gain over it.
+"""From a request's text to expected scores and output tokens: linear heads on hashed text, and on an embedding with its
+neighbours and on the text's surface where the policy has them. Column 0 is the cheapest candidate's score, column i a gain over it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeft.router import blend, surface
 from edgeft.router.features import arrays
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Features:
     values: np.ndarray  # float64 [n]
     similarity: float  # to the training rows, 0..1: share of the text's weight in columns that training saw
     embedding: Any = None  # float32 [E], of length 1
+    surface: Any = None  # float64 [d]: `surface.numbers`, where the policy has such a head
     known: dict[str, Any] = field(
         default_factory=dict, compare=False, repr=False
     )  # what was computed of them already
@@ -37,7 +39,8 @@ def read(policy: LoadedPolicy, text: str) -> Features:
     """The features of a text. Runs the encoder where the policy has one; else pure arithmetic."""
     columns, values = arrays(text)
     embedding = policy.encoder(text) if policy.encoder else None
-    return Features(columns, values, similarity(policy, columns, values), embedding)
+    looks = surface.numbers(text) if "surface.weights" in policy.arrays else None
+    return Features(columns, values, similarity(policy, columns, values), embedding, looks)
 
 
 def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) -> float:
@@ -51,13 +54,17 @@ def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) ->
 def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     """Score of the first candidate and gains of the others, unclipped."""
     weights = policy.by_column.take(features.columns, axis=0)
-    text = (features.values @ weights + policy.bias_row).tolist()
-    if features.embedding is None or "blend" not in policy.arrays:
-        return text
-    from edgeft.router.embedding import mix
+    text = features.values @ weights + policy.bias_row
+    if "blend" not in policy.arrays:
+        return text.tolist()
+    parts, specs = [text[None]], policy.policy.features
+    if features.embedding is not None:
+        from edgeft.router.embedding import parts_of
 
-    spec = policy.policy.features["embedding"]
-    return mix(policy.arrays, spec, features.embedding[None], np.array([text]))[0].tolist()
+        parts += parts_of(policy.arrays, specs["embedding"], features.embedding[None])
+    if features.surface is not None:
+        parts.append(surface.outputs(policy.arrays, specs["surface"], features.surface[None]))
+    return blend.mix(policy.arrays, parts)[0].tolist()
 
 
 def scores_of(policy: LoadedPolicy, features: Features) -> list[float]:

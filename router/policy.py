@@ -17,6 +17,7 @@ import numpy as np
 from edgeft.errors import UsageError, missing_extra
 from edgeft.files import read_json, sha256_file, sha256_json, staged_folder, write_json
 from edgeft.router import privacy, rule
+from edgeft.router.draft_features import QUESTION
 from edgeft.router.features import SPEC
 from edgeft.types import Policy
 
@@ -168,9 +169,12 @@ def check(policy: Policy, folder: Path) -> None:
     from edgeft.errors import unknown
 
     features = {
-        k: v for k, v in policy.features.items() if k not in ("weights_sha256", "embedding", "cascade")
+        k: v
+        for k, v in policy.features.items()
+        if k not in ("weights_sha256", "embedding", "surface", "cascade")
     }
-    if features != SPEC:
+    looks = policy.features.get("surface")
+    if features != SPEC or (looks is not None and tuple(looks.get("names", ())) != QUESTION):
         raise UsageError(f"{folder}: the policy's features are not those of this edgeft.", FIT_AGAIN)
     if not policy.candidates or len({c["id"] for c in policy.candidates}) < len(policy.candidates):
         raise UsageError(f"{folder}: a policy needs candidates with names of their own.", FIT_AGAIN)

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from edgeft.errors import UsageError
 from edgeft.router import Options, decide, fit, load_policy
-from edgeft.router.embedding import fit_vectors, load_encoder, mix, nearest, nonnegative, read_spec
+from edgeft.router.blend import nonnegative
+from edgeft.router.embedding import fit_vectors, load_encoder, mix, nearest, read_spec
 from edgeft.router.minilm_export import export
 from tests.test_router import PAIR, WORDS, by_word, write_report
 
@@ -131,7 +132,7 @@ def test_a_policy_with_an_encoder_reads_back_and_misses_it_in_two_lines(tiny_ber
     made = fit([report], PAIR, tmp_path / "policy", Options(encoder=out))
     read = load_policy(tmp_path / "policy")
     assert decide(read, "refund my card") == decide(made, "refund my card")
-    assert made.policy.fitted["heads"]["embedding"]["blend_of"] == ["hashed", "kernel", "neighbours"]
+    assert list(made.policy.fitted["heads"]["blend"]) == ["hashed", "kernel", "neighbours"]
     assert (
         decide(read, "refund my card").choice == "strong"
         and decide(read, "card limit address").choice == "weak"
@@ -153,10 +154,7 @@ def test_heads_on_vectors_predict_what_the_vectors_tell():
     targets = np.column_stack([vectors[:, 0], vectors[:, 1]]) + 0.1 * chance.normal(size=(400, 2))
     tensors, said, spec = fit_vectors(vectors[:300], targets[:300], None)
     found = mix(tensors, spec, vectors[300:], None)
-    assert np.corrcoef(found[:, 0], targets[300:, 0])[0, 1] > 0.9 and said["blend_of"] == [
-        "kernel",
-        "neighbours",
-    ]
+    assert np.corrcoef(found[:, 0], targets[300:, 0])[0, 1] > 0.9 and len(said["blend"]) == 2
     noise = chance.normal(size=(300, 2))
     tensors, _, spec = fit_vectors(vectors[:300], noise, None)
     assert np.abs(mix(tensors, spec, vectors[300:], None) - noise.mean(0)).max() < 0.5, (

@@ -1,0 +1,63 @@
+"""Several heads' predictions as one: per output the non-negative weights of least squares on leave-one-out predictions.
+
+Weights below one in sum shrink towards the mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Z_ONE_SIDED_95 = 1.645
+
+
+def fit(left_out: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors `blend` [heads, K] and `blend.means` [K] of the heads' leave-one-out predictions, each [n, K], and targets [n, K]."""
+    means = targets.mean(0)
+    weights = [
+        nonnegative([p[:, i] - means[i] for p in left_out], targets[:, i] - means[i])
+        for i in range(targets.shape[1])
+    ]
+    return {"blend": np.column_stack(weights).astype(np.float32), "blend.means": means.astype(np.float32)}
+
+
+def mix(tensors: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Blended outputs [n, K] of the heads' outputs, each [n, K], in the order that they were fitted in."""
+    means = tensors["blend.means"]
+    found: np.ndarray = means + sum(
+        weight * (part - means) for weight, part in zip(tensors["blend"], parts, strict=True)
+    )
+    return found
+
+
+def pays(left_out: Sequence[np.ndarray], more: np.ndarray, targets: np.ndarray) -> bool:
+    """Does the blend with one head more have a smaller left-out error of the gains (columns from 1), at 95 % one-sided over the rows?
+
+    Columns count by their own spread, so that each candidate weighs the same.
+    """
+    gains = targets[:, 1:]
+    spread = np.maximum(gains.var(0), 1e-12)
+    without, with_it = (
+        (((mix(fit(parts, targets), parts)[:, 1:] - gains) ** 2) / spread).mean(1)
+        for parts in (list(left_out), [*left_out, more])
+    )
+    saved = without - with_it
+    return bool(saved.mean() > Z_ONE_SIDED_95 * saved.std(ddof=1) / np.sqrt(len(saved)) > 0)
+
+
+def nonnegative(predictions: Sequence[np.ndarray], target: np.ndarray) -> np.ndarray:
+    """The non-negative weights of least squares of centred predictions: the best of all subsets whose weights are positive."""
+    x = np.column_stack(predictions)
+    best, found = float((target**2).sum()), np.zeros(x.shape[1])
+    for size in range(1, x.shape[1] + 1):
+        for subset in itertools.combinations(range(x.shape[1]), size):
+            part = x[:, subset]
+            weights = np.linalg.lstsq(part, target, rcond=None)[0]
+            error = float(((target - part @ weights) ** 2).sum())
+            if (weights > 0).all() and error < best - 1e-12:
+                best, found = error, np.zeros(x.shape[1])
+                found[list(subset)] = weights
+    return found
