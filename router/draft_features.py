@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
 from edgeft.router.drafts import (
     LABEL,
@@ -21,6 +22,19 @@ HEDGES = re.compile(
     r"\b(?:however|but|assum\w+|let's|denote|equation|closest|approximately|rounded|suppose|unknown)\b",
     re.IGNORECASE,
 )
+WORD = re.compile(r"\w+")
+DIVIDED = re.compile(r"\d\s*/\s*\d")
+COMPARED = re.compile(r"\b(?:more|less) than\b")
+FRACTIONS = ("half", "third", "quarter", "fifth")  # also within words: a quarterly one
+MARKS = {  # whole words
+    "question_asks_remaining": ("left", "remain", "fewer", "difference", "still"),
+    "question_each": ("each", "every", "per"),
+    "question_times": ("twice", "double", "triple", "times", "half"),
+    "question_order": ("first", "then", "after", "before", "next", "last"),
+    "question_time": tuple(
+        f"{span}{s}" for span in ("day", "week", "month", "year", "hour", "minute") for s in ("", "s")
+    ),
+}
 OPERATOR = re.compile(r"[+\-*/x×÷]")
 MOST_EQUATIONS = 64  # that are replayed: bounds the time on a hostile draft
 EVERYDAY = {
@@ -71,15 +85,16 @@ def features(prompt: str, draft: Draft) -> list[float]:
 
 def question(prompt: str) -> dict[str, float | bool]:
     """Length, numbers and marks of the prompt alone."""
-    asked = _numbers(prompt)
+    asked, low = _numbers(prompt), prompt.lower()
+    seen = Counter(WORD.findall(low))
+    counts = {name: sum(seen[word] for word in words) for name, words in MARKS.items()}
+    remaining = counts.pop("question_asks_remaining") > 0
+    divided = len(DIVIDED.findall(low)) if "/" in low else 0
     return {
-        "log_prompt": math.log1p(len(prompt)), "question_numbers": len(asked), "question_sentences": _sentences(prompt),
-        "fractions": _count(r"\d\s*/\s*\d|half|third|quarter|fifth", prompt), "percent": prompt.count("%"),
-        "question_asks_remaining": _count(r"\b(?:left|remain|more than|less than|fewer|difference|still)\b", prompt) > 0,
+        **counts, "log_prompt": math.log1p(len(prompt)), "question_numbers": len(asked), "question_sentences": _sentences(prompt),
+        "fractions": divided + sum(low.count(word) for word in FRACTIONS), "percent": prompt.count("%"),
+        "question_asks_remaining": remaining or (" than" in low and COMPARED.search(low) is not None),
         "max_number": math.log1p(max([abs(v) for v in asked] or [0])), "question_words": len(prompt.split()),
-        "question_each": _count(r"\b(?:each|every|per)\b", prompt), "question_times": _count(r"\b(?:twice|double|triple|times|half)\b", prompt),
-        "question_order": _count(r"\b(?:first|then|after|before|next|last)\b", prompt),
-        "question_time": _count(r"\b(?:day|week|month|year|hour|minute)s?\b", prompt),
         "sum_of_numbers": math.log1p(sum(abs(v) for v in asked)), "different_numbers": len(set(asked)),
         "question_decimals": sum(v != round(v) for v in asked),
     }  # fmt: skip

@@ -82,3 +82,26 @@ def shares(samples: Samples, local_id: str | None) -> dict[str, Any]:
         "n_served": served,
         "routes": routes,
     }
+
+
+def ttft_quantile_s(samples: Samples, share: float = 0.95) -> tuple[float, float, float] | None:
+    """(seconds, the bucket's lower and upper bound) within which so many first tokens came, every route together; None where nothing
+    was counted or the answer lies beyond the last bound.
+
+    Linear within the bucket, as Prometheus' histogram_quantile. Answers that the proxy's caches gave have no first token and are not in it.
+    """
+    below: dict[float, float] = {}
+    for name, labels, value in samples:
+        if name == "edgeft_ttft_seconds_bucket" and "le" in labels:
+            bound = float(labels["le"].replace("+Inf", "inf"))
+            below[bound] = below.get(bound, 0.0) + value
+    bounds = sorted(below)
+    wanted = share * below.get(float("inf"), 0.0)
+    if not wanted:
+        return None
+    at = next(i for i, bound in enumerate(bounds) if below[bound] >= wanted)
+    high = bounds[at]
+    if high == float("inf"):
+        return None
+    low, before = (bounds[at - 1], below[bounds[at - 1]]) if at else (0.0, 0.0)
+    return low + (high - low) * (wanted - before) / (below[high] - before), low, high

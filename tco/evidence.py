@@ -181,12 +181,17 @@ def policy_of(column: str, folder: Path) -> Figures:
 
 def counters_of(column: str, place: str, local_id: str | None) -> Figures:
     """A routed mix as a running proxy counted it; it wins over the policy's own estimate."""
-    from edgeft.tco.counters import read_counters, shares
+    from edgeft.tco.counters import read_counters, shares, ttft_quantile_s
 
-    got = shares(read_counters(place), local_id)
+    samples = read_counters(place)
+    got = shares(samples, local_id)
     run = f"counters of {place}, {got['n_served']:,.0f} answers"
-    return {
+    found = {
         name: figure(column, name, got[name], MEASURED, run)
         for name in ("answer_cache_share", "local_share", "escalated_share")
         if got[name] is not None
     }
+    if seen := ttft_quantile_s(samples):
+        text = f"of engines' answers, waiting and drafts included, between {seen[1]:g} and {seen[2]:g} s by its histogram; {run}"
+        found["ttft_p95_s"] = figure(column, "ttft_p95_s", seen[0], MEASURED, text)
+    return found

@@ -16,7 +16,7 @@ from edgeft.cli import run
 from edgeft.console import output
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.tco import cashflow, tabulate
-from edgeft.tco.counters import read_counters, shares
+from edgeft.tco.counters import read_counters, shares, ttft_quantile_s
 from edgeft.tco.figures import Figure
 from edgeft.tco.html import page
 from edgeft.tco.inputs import INPUTS, inputs_of
@@ -97,6 +97,22 @@ def test_counters_of_serve_are_read(tmp_path):
         read_counters("http://127.0.0.1:9/")
 
 
+def test_the_mixs_first_token_is_read_from_the_histogram():
+    def buckets(route, *counts):
+        bounds = ("0.1", "0.5", "1.0", "+Inf")
+        return [
+            ("edgeft_ttft_seconds_bucket", {"route": route, "le": b}, c)
+            for b, c in zip(bounds, counts, strict=True)
+        ]
+
+    samples = [*buckets("weak", 60, 80, 80, 80), *buckets("strong", 0, 4, 20, 20)]
+    # 95 of 100: 84 came within 0.5 s and 100 within 1.
+    assert ttft_quantile_s(samples) == (pytest.approx(0.5 + 0.5 * 11 / 16), 0.5, 1.0)
+    assert ttft_quantile_s(samples, 0.3) == (pytest.approx(0.05), 0.0, 0.1)
+    assert ttft_quantile_s(buckets("weak", 0, 0, 90, 100)) is None, "beyond the last bound"
+    assert ttft_quantile_s([]) is None and ttft_quantile_s(buckets("weak", 0, 0, 0, 0)) is None
+
+
 def test_counters_of_a_running_proxy(tmp_path):
     stage_module = pytest.importorskip("tests.serve_stage", reason="edgeft[serve] is not installed")
     engines = {name: stage_module.Engine(name) for name in ("weak", "strong")}
@@ -136,8 +152,14 @@ def test_a_policy_and_counters_make_the_routed_column(tmp_path):
         "local_share"
     ].tag == "measured"
     routed["counters"] = "metrics.txt"
+    bounds = (("0.5", 90.0), ("1.0", 100.0), ("+Inf", 100.0))
+    lines = [
+        f'edgeft_ttft_seconds_bucket{{le="{bound}",route="gguf-q4_k_m"}} {count}' for bound, count in bounds
+    ]
+    (tmp_path / "metrics.txt").write_text(METRICS + "\n".join(lines) + "\n")
     made = build(value, "file", tmp_path, {}).columns["routed"].figures
     assert (made["local_share"].value, made["answer_cache_share"].value) == (0.7, 0.2)
+    assert made["ttft_p95_s"].value == pytest.approx(0.75) and made["ttft_p95_s"].tag == "measured"
 
 
 @pytest.mark.parametrize("name", names())
