@@ -109,6 +109,11 @@ def notes(report: BenchReport) -> list[str]:
         f"right %: answers of {w['rows']} rows of {w['tasks']}, greedy, at most {w['max_tokens']} tokens; "
         "± is half of Wilson's 95 % interval.",
         "lost/gained: rows that the merged model has right and this one wrong, and the other way round.",
+        *(
+            [f"{chosen} of the rows are those that the gate or --fit chose by: figures to choose by (route fit), none of quality."]
+            if (chosen := w.get("rows_chosen_by"))
+            else []
+        ),
         *_kept(report),
         "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; "
         "decode tok/s = (n-1)/(e2e - TTFT), median ± half its bootstrap interval; one stream, models in turns.",

@@ -19,13 +19,15 @@ from edgeft.bench.phases import compare_logits, measure, tune_all
 from edgeft.bench.reference import base_of, reference_of
 from edgeft.bench.report import write_report
 from edgeft.bench.score import check
-from edgeft.bench.targets import BASE, REFERENCE, find
+from edgeft.bench.targets import BASE, REFERENCE, Target, find
 from edgeft.bench.workload import Workload
 from edgeft.engines.local import default_threads
 from edgeft.files import sha256_file, sha256_json
 from edgeft.profiles import detect, get_profile
-from edgeft.rows import answer_of, load_rows, refuse_seen, row_hash, spread
+from edgeft.rows import Row, answer_of, load_rows, refuse_seen, row_hash, spread
 from edgeft.types import BenchReport
+
+CHOOSING = "select"  # the kind of step that an artefact's gate and --fit chose rows for
 
 
 def bench(
@@ -47,7 +49,12 @@ def bench(
     targets = find(places, models) + ([base_of(workload.base)] if workload.base else [])
     if not workload.allow_seen_rows:
         for target in targets:
-            refuse_seen(rows, target.seen_rows, f"measure {target.id}", workload.tasks)
+            seen = {
+                kind: digests
+                for kind, digests in target.seen_rows.items()
+                if not (workload.choosing and kind == CHOOSING)
+            }
+            refuse_seen(rows, seen, f"measure {target.id}", workload.tasks)
     packed = pack.check(workload.pack, targets, workload.allow_seen_rows) if workload.pack else []
     meter = Meter(workload.power_csv)
     box, others = profile_of(profile), [asdict(get_profile(name)) for name in predict]
@@ -78,7 +85,7 @@ def bench(
         profile=box,
         workload={
             **workload.key(), "tasks": workload.tasks.name, "tasks_sha256": sha256_file(workload.tasks), "rows": len(rows),
-            "max_tokens": max_tokens, "threads": threads,
+            "max_tokens": max_tokens, "threads": threads, "rows_chosen_by": chosen_by(rows, targets),
         },
         results=results,
         reference=REFERENCE if reference else None,
@@ -90,6 +97,12 @@ def bench(
     if note := after_run(out):
         console.note(f"  {note}")
     return report
+
+
+def chosen_by(rows: list[Row], targets: list[Target]) -> int:
+    """How many of the rows some target's gate, or --fit, chose by."""
+    digests = {digest for target in targets for digest in target.seen_rows.get(CHOOSING, ())}
+    return sum(row_hash(row) in digests for row in rows)
 
 
 def profile_of(name: str) -> dict[str, Any]:

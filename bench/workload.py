@@ -28,6 +28,9 @@ class Workload:
     speed: bool = True
     fidelity: bool = True
     allow_seen_rows: bool = False
+    choosing: bool = (
+        False  # rows that the gate or --fit chose by are taken: what is measured is for choosing too
+    )
     base: Path | None = None  # the model before tuning, for retention
     load_levels: tuple[int, ...] = ()  # clients at once; none: the load test is left out
     load_seconds: float = 10.0  # of each level

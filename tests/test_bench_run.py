@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from edgeft.bench.schema import faults
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target, find
 from edgeft.engines import run_profile
-from edgeft.errors import EnvironmentFault
+from edgeft.errors import EnvironmentFault, UsageError
+from edgeft.rows import load_rows, row_hash, spread
 from tests.conftest import DESK
 
 for package, extra in {"llama_cpp": "compress", "xllamacpp": "gguf", "onnxruntime_genai": "onnx"}.items():
@@ -81,6 +83,24 @@ def test_every_part_of_a_report_is_there_and_holds_together(tiny_dist, tasks, tm
     assert not (out / ".work" / "journal.jsonl").exists()
     page = (out / "report.md").read_text()
     assert "predicted" in page and "Energy: not measured." in page
+
+
+def test_rows_that_the_gate_chose_by_are_taken_for_choosing_alone(tiny_dist, tasks, tmp_path):
+    rows = spread(load_rows(tasks), 2)
+    artefact = tmp_path / "gguf-f16"
+    shutil.copytree(tiny_dist / "dist" / "gguf-f16", artefact)
+    manifest = json.loads((artefact / "artifact.json").read_text())
+    place = {"select": [row_hash(rows[0])]}
+    (artefact / "artifact.json").write_text(json.dumps({**manifest, "seen_rows": place}))
+    plain = Workload(tasks, speed=False, fidelity=False, limit=2, context=1024, max_tokens=4)
+    with pytest.raises(UsageError, match="used to select already"):
+        bench([artefact], [], plain, "auto", tmp_path / "r")
+    report = bench([artefact], [], replace(plain, choosing=True), "auto", tmp_path / "r")
+    assert report.workload["rows_chosen_by"] == 1
+    assert "none of quality" in (tmp_path / "r" / "report.md").read_text()
+    (artefact / "artifact.json").write_text(json.dumps({**manifest, "seen_rows": {"train": place["select"]}}))
+    with pytest.raises(UsageError, match="used to train already"):
+        bench([artefact], [], replace(plain, choosing=True), "auto", tmp_path / "r2")
 
 
 def test_a_box_under_load_and_one_that_never_rests(tiny_dist, tasks, tmp_path):

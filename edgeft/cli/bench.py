@@ -158,6 +158,11 @@ for _command in (*bench_runs.COMMANDS, *bench_lm_eval.COMMANDS, bench_pack.pack_
 )
 @click.option("--no-speed", is_flag=True, help="Leave the speed workload out.")
 @click.option("--no-fidelity", is_flag=True, help="Leave KLD and choices by log-probability out.")
+@click.option(
+    "--choosing",
+    is_flag=True,
+    help="For route fit: take rows that the gate or --fit chose by; no figure of quality.",
+)
 @click.option("--allow-seen-rows", is_flag=True, help="Measure on rows that training or calibration saw.")
 @options
 def run_command(
@@ -191,6 +196,7 @@ def run_command(
     context_repetitions: int,
     no_speed: bool,
     no_fidelity: bool,
+    choosing: bool,
     allow_seen_rows: bool,
 ) -> int:
     """Measure artefacts on this box.
@@ -229,6 +235,7 @@ def run_command(
         context_repetitions=context_repetitions,
         speed=not no_speed,
         fidelity=not no_fidelity,
+        choosing=choosing,
         allow_seen_rows=allow_seen_rows,
     )
     report = bench(list(places), list(models), workload, profile, out, predict)
