@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from edgeft import child, console
 from edgeft.compress import (
+    converter,
     formats,
     gate_limits,
     gate_rows,
     merge_base,
+    pre_tokenizer,
     preflight,
     proof,
     provenance,
@@ -122,6 +124,8 @@ def prepare(base: Path, adapter: Path | Sequence[Source] | None, recipe: Recipe)
             raise UsageError(f"{spec} needs {why}.", "--calibration rows.jsonl")
         if hasattr(module, "refuse"):
             module.refuse(spec, base, planned)
+    if any(spec.format.startswith("gguf") for spec in specs):
+        pre_tokenizer.refuse(base, [folder for folder, _ in adapters], converter.location())
     chosen = gate_rows.GateRows([], None, "the gate was skipped")
     limits = gate_limits.load(recipe.gate)
     if specs and not recipe.no_gate:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from edgeft.compress import Recipe, gate_limits, prepare, proof, resume
+from edgeft.compress import Recipe, converter, gate_limits, pre_tokenizer, prepare, proof, resume
 from edgeft.compress.adapter import read_adapter
 from edgeft.compress.formats import gguf_types
 from edgeft.compress.merge import merge
@@ -84,6 +84,43 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(tiny_models, tiny_adapters
     (adapter / "tokenizer.json").write_text(json.dumps(held))
     with pytest.raises(UsageError, match=f"token id {last + 1}, and the embedding has {last + 1} rows"):
         prepare(tiny_models["llama"], adapter, Recipe(out=tmp_path / "dist", formats=()))
+
+
+def test_a_way_of_cutting_text_that_llama_cpp_does_not_know_is_refused_before_the_merge(
+    tiny_models, tiny_adapters, tmp_path
+):
+    base, out = tmp_path / "base", tmp_path / "dist"
+    shutil.copytree(tiny_models["llama"], base)
+    asked = {"out": out, "formats": ("gguf:f16",), "no_gate": True}
+    prepare(base, tiny_adapters["llama"], Recipe(**asked))  # the converter is there now, and knows it
+    held = json.loads((base / "tokenizer.json").read_text())
+    held["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    (base / "tokenizer.json").write_text(json.dumps(held))
+    if not (converter.location() / pre_tokenizer.SOURCE).is_file():
+        pytest.skip("llama.cpp's converter is not in the cache yet")
+    with pytest.raises(UsageError, match=r"does not know how .*tokenizer\.json cuts text"):
+        prepare(base, tiny_adapters["llama"], Recipe(**asked))
+    assert not out.exists()
+    prepare(base, tiny_adapters["llama"], Recipe(**{**asked, "formats": ("onnx:int8",)}))
+
+
+def test_what_the_converter_asks_is_read_from_its_source():
+    source = """
+class TextModel:
+    def get_vocab_base_pre(self, tokenizer):
+        chktxt = 'some text'
+        chkhsh = sha256(tokenizer.encode(chktxt))
+        if chkhsh == "%s":
+            res = "one"
+""" % ("ab" * 32)
+    assert pre_tokenizer.asked_by(source) == ("some text", {"ab" * 32})
+    assert pre_tokenizer.asked_by("def another(): pass") is None
+    assert pre_tokenizer.asked_by("def get_vocab_base_pre(): return 1") is None
 
 
 @pytest.mark.parametrize("name", ["a/b", "", ".hidden"])
