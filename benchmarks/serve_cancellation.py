@@ -53,6 +53,9 @@ WORDS = (
 )
 
 
+BYTES_A_WORD = sum(len(word) + 1 for word in WORDS) / len(WORDS)  # what the random model reads one by one
+
+
 def prompt_of(tokens: int, turn: int) -> str:
     """About so many words, no two turns beginning alike."""
     return " ".join(WORDS[(turn * 7 + i * (1 + turn % 5)) % len(WORDS)] for i in range(tokens))
@@ -149,7 +152,7 @@ def table(engine: str, folder: Path, options: argparse.Namespace, log: Path) -> 
             folder, engine, log=log, threads=options.threads, context=context, options={**more, "slots": 1}
         ) as local:
             turn = 0
-            batch = longest_batch_s(local, options.prompt, 1) if contract else None
+            batch = longest_batch_s(local, options.words, 1) if contract else None
             for moment in MOMENTS:
                 for how in ("FIN", "RST"):
                     waits = []
@@ -161,9 +164,7 @@ def table(engine: str, folder: Path, options: argparse.Namespace, log: Path) -> 
                             if contract and moment == "non-stream" and local.features.get("prompt_progress")
                             else moment
                         )
-                        waits.append(
-                            wait_s(local, asked, how, options.prompt, options.output, turn, contract)
-                        )
+                        waits.append(wait_s(local, asked, how, options.words, options.output, turn, contract))
                     rows.append({
                         "engine": engine, "contract": contract, "moment": moment, "how": how, "batch": local.batch,
                         "micro_batch_s": batch, "median_s": statistics.median(waits), "longest_s": max(waits),
@@ -247,7 +248,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         models = [(name.partition("=")[0], Path(name.partition("=")[2])) for name in options.models]
+        options.words = options.prompt
         if options.random:
+            options.words = round(options.prompt / BYTES_A_WORD)
             made = random_gguf(Path(scratch, "random.gguf"), *SIZES[options.random])
             models.append(("gguf", made))
         rows = [
