@@ -43,7 +43,8 @@ def serve_on_ray(config: Config, cluster: Cluster) -> int:
 
     with connected(cluster.address), _signals(stop):
         try:
-            deploy(config, cluster, told)
+            with _faults_of_ray():
+                deploy(config, cluster, told)
             if not told.is_set():
                 scheme = "https" if config.listen.tls_certificate else "http"
                 url = f"{scheme}://{config.listen.host}:{config.listen.port}"
@@ -54,6 +55,21 @@ def serve_on_ray(config: Config, cluster: Cluster) -> int:
         finally:
             take_away()
     return 130 if sign == signal.SIGINT else 0
+
+
+@contextmanager
+def _faults_of_ray() -> Iterator[None]:
+    """Ray's own failures (an actor that died or never came up, as on a box too busy to start one) as two lines."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise EnvironmentFault(
+            f"Ray could not start it ({first[0][:200]}).",
+            "ray status; less /tmp/ray/session_latest/logs/serve/*",
+        ) from None
 
 
 @contextmanager
