@@ -20,7 +20,9 @@ from typing import Any
 
 from edgeft.compress.merge import SKIPPED, TOKENIZER_FILES, Source
 from edgeft.compress.recipe import Recipe
+from edgeft.device import driver_seen
 from edgeft.files import read_json, sha256_file, sha256_json, write_json
+from edgeft.profiles.detection import gpu_facts
 from edgeft.pull import BUILT_IN, origin_of
 
 PACKAGES = (
@@ -123,9 +125,10 @@ def places_beside(folder: Path) -> dict[str, Any]:
 
 
 def made_on() -> dict[str, Any]:
-    """The machine and the software: CPU, cores, Python, packages, and both builds of llama.cpp."""
+    """The machine and the software: CPU, GPUs where a driver is, cores, Python, packages, and both builds of llama.cpp."""
     return {
         "cpu": cpu_name(),
+        **({"gpus": [gpu["name"] for gpu in gpu_facts({}) or []]} if driver_seen() else {}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "machine": platform.machine(),
         "system": platform.system(),

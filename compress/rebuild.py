@@ -97,6 +97,7 @@ def _differences(then: Artifact, now: Artifact) -> list[str]:
         **{f"recipe {k}": (then.recipe.get(k), v) for k, v in now.recipe.items()},
         "merged model": (then.made_from.get("merged_sha256"), now.made_from.get("merged_sha256")),
         "CPU": (then.made_on.get("cpu"), now.made_on.get("cpu")),
+        "GPU": tuple(", ".join(made.made_on.get("gpus", [])) or None for made in (then, now)),
         "Python": (then.made_on.get("python"), now.made_on.get("python")),
     }
     return [f"{name}: {old} then, {new} now" for name, (old, new) in pairs.items() if old != new]

@@ -77,7 +77,7 @@ class Stand:
         if self.local is None:
             self.started += 1
             self.local = SimpleNamespace(
-                pid=next(PIDS), cold_start_s=1.0, load_s=0.5, load_mode="mmap", build="b", run_profile={}
+                pid=next(PIDS), cold_start_s=1.0, load_s=0.5, load_mode="mmap", device="cpu", build="b", run_profile={}
             )  # fmt: skip
         yield self
 

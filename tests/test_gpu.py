@@ -159,6 +159,14 @@ def test_a_gpus_profile_holds_what_was_measured_of_it(driver, monkeypatch):
     assert loader.check(profile, "profile.yaml").basis["bandwidth_gb_per_s"] == "measured"
 
 
+def test_what_a_gpu_may_have_made_says_so(driver, monkeypatch):
+    from edgeft.compress import provenance
+
+    assert provenance.made_on()["gpus"] == [GPU]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "gpus" not in provenance.made_on()
+
+
 def test_no_gpu_has_no_profile_and_says_why(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="there is no GPU: nvidia-smi is not on the PATH"):

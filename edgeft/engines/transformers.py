@@ -90,7 +90,7 @@ def load(folder: Path, threads: int, exact: bool = False) -> tuple[Any, Any]:
         return by_kernel(folder, device).eval(), load_tokenizer(folder)
     whole = not quantized and (exact or device == CPU)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if whole else "auto")
-    return model.to(device).eval(), load_tokenizer(folder)
+    return (model if device == CPU else model.to(device)).eval(), load_tokenizer(folder)
 
 
 def by_kernel(folder: Path, device: str) -> Any:
