@@ -108,12 +108,17 @@ def as_profile(box: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def gpu_profile(box: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a profile file for a detected box's first GPU. Raises UsageError where there is none."""
+def need_gpu() -> None:
+    """Raise UsageError where there is no GPU, before anything is measured."""
     from edgeft.errors import UsageError
 
-    if not box["gpu"]:
-        raise UsageError(f"there is no GPU: {box['reasons'].get('gpu')}.", "edgeft profiles detect")
+    reasons: dict[str, str] = {}
+    if not gpu_facts(reasons):
+        raise UsageError(f"there is no GPU: {reasons.get('gpu')}.", "edgeft profiles detect")
+
+
+def gpu_profile(box: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a profile file for a detected box's first GPU, which `need_gpu` has found."""
     gpu = box["gpu"][0]
     figures = {key: gpu[key] for key in FIGURES if gpu.get(key) is not None}
     slug = "-".join(re.findall(r"[a-z0-9]+", gpu["name"].lower()))

@@ -170,7 +170,7 @@ def test_what_a_gpu_may_have_made_says_so(driver, monkeypatch):
 def test_no_gpu_has_no_profile_and_says_why(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="there is no GPU: nvidia-smi is not on the PATH"):
-        detection.gpu_profile(detection.detect(measure=False))
+        detection.need_gpu()
 
 
 def test_a_torch_without_cuda_says_so():

@@ -96,7 +96,10 @@ def detect_command(out: Path | None, gpu_alone: bool) -> None:
     from edgeft.files import write_text
     from edgeft.home import config_dir
     from edgeft.profiles import detect
-    from edgeft.profiles.detection import as_profile, gpu_profile
+    from edgeft.profiles.detection import as_profile, gpu_profile, need_gpu
+
+    if gpu_alone:
+        need_gpu()
 
     with console.step("measuring this box"):
         box = detect()
