@@ -50,6 +50,7 @@ class Shape:
     largest: int  # parameters of the largest weight
     largest_changed: int  # of the largest one that the adapters change
     widest: int  # columns of the widest inner weight
+    matrices: int  # inner weights of two dimensions
     moment_bytes: int  # second moments of all layers' inputs
     vocabulary: int
     narrow: int  # parameters outside the ends in rows that are no multiple of 256
@@ -140,9 +141,14 @@ SECONDS: dict[str, dict[str, float]] = {
     GREEDY: {"one": 6.5, "parameters": 9e-8},
     "levels:int8": {"one": 0.8, "parameters": 9e-8},
     "levels:int4": {"one": 0.5, "parameters": 2.4e-8},
-    GPTQ: {"one": 5.0, "parameters": 2.2e-7},
+    GPTQ: {
+        "one": 5.0,
+        "matrices": 0.22,
+        "parameters": 2.2e-7,
+    },  # a matrix is packed in Python, whatever its size
 }
 REFERENCE_GFLOPS, REFERENCE_PYTHON_S = 139.0, 0.0056
+BY_PYTHON = ("one", "matrices")  # whose seconds follow the interpreter; others follow the matrix product
 
 # Bits a parameter of a GGUF type as llama.cpp mixes them on a Llama, and what rows no multiple of 256 fall back to.
 GGUF_BITS = {
@@ -175,6 +181,7 @@ def shape_of(planned: Plan, has_adapter: bool, rows: Path | None) -> Shape:
         largest=counts[largest],
         largest_changed=max(changed, default=0),
         widest=max((o.shape[-1] for o in inner if len(o.shape) == 2), default=0),
+        matrices=sum(len(o.shape) == 2 for o in inner),
         moment_bytes=_moment_bytes(inner),
         vocabulary=outputs[embedding].shape[0] if embedding in outputs else 0,
         narrow=sum(math.prod(o.shape) for o in inner if o.shape[-1] % 256),
@@ -219,6 +226,7 @@ def quantities(shape: Shape) -> dict[str, float]:
     convert = {"F32": 4.0, "F16": 2.0}.get(shape.type, 5.2)
     return {
         "one": 1.0,
+        "matrices": shape.matrices,
         "parameters": shape.parameters,
         "stored": shape.stored_bytes,
         "table": shape.table,
@@ -258,8 +266,10 @@ def priced(
 ) -> Step:
     """A step whose memory (anonymous, mirrored) and seconds are coefficients times what is `known`."""
     anon, mirrored = (int(sum(c * known[q] for q, c in part.items())) for part in memory)
-    fixed = seconds["one"] * box.python_s / REFERENCE_PYTHON_S
-    grows = sum(c * known[q] for q, c in seconds.items() if q != "one")
+    fixed = (
+        sum(seconds.get(q, 0.0) * known.get(q, 0.0) for q in BY_PYTHON) * box.python_s / REFERENCE_PYTHON_S
+    )
+    grows = sum(c * known[q] for q, c in seconds.items() if q not in BY_PYTHON)
     wall_s = fixed + grows * REFERENCE_GFLOPS / box.gflops + written_s
     return Step(artifact, asked, title, wall_s, anon + mirrored, anon)
 
