@@ -140,15 +140,10 @@ def share(result: dict[str, Any], target: Target, box: dict[str, Any]) -> dict[s
     ) / len(speed["prompt_tokens"])
     bound = decode_bound(shape, bandwidth, length) if bandwidth else None
     used = speed["decode_tok_per_s"]["p50"] / bound if bound else None
-    cache = (
-        None
-        if gpu
-        else ((box.get("cpu") or {}) if isinstance(box.get("cpu"), dict) else {}).get(
-            "last_level_cache_bytes"
-        )
-    )
+    cpu = box.get("cpu") if gpu is None else None
+    cache = cpu.get("last_level_cache_bytes") if isinstance(cpu, dict) else None
     longest = max(speed["points"], key=lambda p: p["asked"]["prompt_tokens"])
-    rated = "gemm_f16_gflop_per_s" if gpu else "gemm_f32_gflop_per_s"
+    rated = "gemm_f32_gflop_per_s" if gpu is None else "gemm_f16_gflop_per_s"
     gemm, prefill = roof.get(rated), longest["ttft_s"]["p50"]
     rate = prefill_flop(shape, _mean(longest["prompt_tokens"])) / prefill / 1e9
     return {
@@ -192,7 +187,8 @@ def predict(result: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any] |
     peak = (result.get("memory") or {}).get("peak_rss_bytes")
     read = here["weight_bytes"] + here["kv_bytes_per_token"] * here["context_tokens"]
     assumes = f"the {100 * min(1.0, here['bandwidth_share']):.0f} % of the bandwidth that were used here"
-    if profile.get("kind") == "gpu":
+    on_cpu = ((result.get("load") or {}).get("device") or "cpu") == "cpu"
+    if profile.get("kind") == "gpu" and on_cpu:
         assumes += (
             ", on a CPU: a small model on a GPU is held up by other things, so this is no more than a bound"
         )

@@ -16,10 +16,10 @@ import numpy as np
 import route_data
 
 from edgeft.router import kernel
-from edgeft.router.cascade import standardised
 from edgeft.router.certificate import most_losses
 from edgeft.router.curves import interval
 from edgeft.router.drafts import agree
+from edgeft.router.kernel import standardised
 
 LOCAL = ("gemma-2-2b-it", "Phi-3.5-mini-instruct", "Meta-Llama-3.1-8B-Instruct", "gemma-2-9b-it")
 MINI, STRONG = "gpt-4o-mini-2024-07-18", "gpt-4o-2024-08-06"

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgeft.compress.tokenizers import brought
 from edgeft.errors import UsageError
 
 SOURCE, FUNCTION, TEXT = "conversion/base.py", "get_vocab_base_pre", "chktxt"
@@ -26,7 +27,7 @@ def refuse(base: Path, adapters: Sequence[Path], converter: Path) -> None:
     Says nothing of what it can't judge: other kinds of tokenizer, other architectures, a converter that is not there yet.
     """
     source = converter / SOURCE
-    file = next((f for f in (a / "tokenizer.json" for a in [*reversed(adapters), base]) if f.is_file()), None)
+    file = brought(base, adapters)
     if file is None or not source.is_file() or not judged(base, file):
         return
     asked = asked_by(source.read_text(encoding="utf-8"))

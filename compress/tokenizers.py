@@ -16,7 +16,7 @@ def refuse(base: Path, adapters: Sequence[Path], planned: Any) -> None:
 
     `planned`: what `merge.plan` says. A folder without tokenizer.json is left to the converters.
     """
-    file = next((f for f in (a / "tokenizer.json" for a in [*reversed(adapters), base]) if f.is_file()), None)
+    file = brought(base, adapters)
     outputs = {output.name: output for listed in planned.files.values() for output in listed}
     embedding = ends_of(outputs)[0]
     if file is None or embedding is None:
@@ -27,6 +27,12 @@ def refuse(base: Path, adapters: Sequence[Path], planned: Any) -> None:
             f"{file} has the token id {largest}, and the embedding has {rows} rows.",
             "save the adapter with its grown embedding (modules_to_save or trainable_token_indices), or its own base's tokenizer",
         )
+
+
+def brought(base: Path, adapters: Sequence[Path]) -> Path | None:
+    """The tokenizer.json that the merged model will have: the last adapter's that brings one, else the base's."""
+    places = (folder / "tokenizer.json" for folder in [*reversed(adapters), base])
+    return next((file for file in places if file.is_file()), None)
 
 
 def largest_id(file: Path) -> int:

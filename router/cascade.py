@@ -22,6 +22,7 @@ from edgeft.router.draft_features import FEATURES, features
 from edgeft.router.drafts import Draft, agree, checks, first_tokens
 from edgeft.router.features import matrix
 from edgeft.router.figures import choose_threshold
+from edgeft.router.kernel import compressed, scaled, standardised
 from edgeft.router.request import CHARS_PER_TOKEN, Request, as_request
 
 if TYPE_CHECKING:
@@ -82,11 +83,11 @@ def fit_judge(
 
 
 def read_drafts(rows: Sequence[tuple[str, Draft]], after_tokens: int | None = None) -> Read:
-    """What the judge reads of (prompt, draft) rows. Counts are compressed by log(1 + |x|): a draft has one equation or thirty."""
+    """What the judge reads of (prompt, draft) rows."""
     seen = [(prompt, first_tokens(draft, after_tokens)) for prompt, draft in rows]
     numbers = np.array([features(prompt, draft) for prompt, draft in seen])
     return Read(
-        np.sign(numbers) * np.log1p(np.abs(numbers)),
+        compressed(numbers),
         matrix([p for p, _ in seen]),
         matrix([d.text for _, d in seen]),
     )
@@ -109,19 +110,12 @@ def fit_gain(read: Read, gain: np.ndarray, most: int = kernel.LANDMARKS) -> tupl
 
 def gains(judge: Judge, read: Read) -> np.ndarray:
     """What the strongest would gain over each draft, float64 [n]."""
-    x = np.clip((read.numbers - judge.mean) / judge.scale, -4, 4)
+    x = scaled(read.numbers, judge.mean, judge.scale)
     parts = [kernel.predict(judge.head, x)[:, 0]]
     parts += [
         p @ w + b for p, w, b in zip((read.prompts, read.drafts), judge.words, judge.words_bias, strict=True)
     ]
     return judge.centre + (np.column_stack(parts) - judge.centre) @ judge.blend
-
-
-def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows of mean 0 and deviation 1, clipped to 4; mean; scale). A column without spread becomes 0."""
-    mean, scale = x.mean(0), x.std(0)
-    scale = np.where(scale < 1e-9, 1.0, scale)
-    return np.clip((x - mean) / scale, -4, 4), mean, scale
 
 
 def predicted_gain(judge: Judge, prompt: str, draft: Draft) -> float:

@@ -16,6 +16,7 @@ from edgeft.router import ridge
 
 LANDMARKS = 1000
 STRENGTHS = tuple(float(v) for v in np.logspace(-1, 2.5, 15))
+LIMIT = 4.0  # deviations from the mean
 JITTER = 1e-4  # added to the landmarks' own kernel: equal rows may be drawn
 
 
@@ -51,6 +52,25 @@ def fit(
             best = (total, made)
     assert best is not None
     return best[1]
+
+
+def compressed(counts: np.ndarray) -> np.ndarray:
+    """Counts as sign(x) * log(1 + |x|): a text has one number or thirty."""
+    found: np.ndarray = np.sign(counts) * np.log1p(np.abs(counts))
+    return found
+
+
+def standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows of mean 0 and deviation 1, clipped to LIMIT; mean; scale). A column without spread becomes 0."""
+    mean, scale = x.mean(0), x.std(0)
+    scale = np.where(scale < 1e-9, 1.0, scale)
+    return scaled(x, mean, scale), mean, scale
+
+
+def scaled(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Rows by a mean and a scale that were fitted, clipped to LIMIT deviations."""
+    found: np.ndarray = np.clip((x - mean) / scale, -LIMIT, LIMIT)
+    return found
 
 
 def gram(x: np.ndarray, landmarks: np.ndarray, width: float) -> np.ndarray:

@@ -17,22 +17,19 @@ from edgeft.router.features import MAX_CHARACTERS
 
 WIDTHS = (10.0, 30.0, 100.0)  # of standardised numbers
 LANDMARKS = 300  # a few tens of microseconds a decision
-LIMIT = 4.0  # deviations from the mean
 
 
 def numbers(text: str) -> np.ndarray:
     """float64 [len(QUESTION)] of a request's beginning, compressed by log(1 + |x|)."""
     found = question(text[:MAX_CHARACTERS])
     row = np.array([float(found[name]) for name in QUESTION])
-    compressed: np.ndarray = np.sign(row) * np.log1p(np.abs(row))
-    return compressed
+    return kernel.compressed(row)
 
 
 def fit(rows: np.ndarray, targets: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
     """(tensors, features block, leave-one-out predictions [n, K]) of `numbers` [n, d] and targets [n, K]."""
-    mean, scale = rows.mean(0), rows.std(0)
-    scale = np.where(scale < 1e-9, 1.0, scale)
-    head = kernel.fit(np.clip((rows - mean) / scale, -LIMIT, LIMIT), targets, WIDTHS, LANDMARKS)
+    x, mean, scale = kernel.standardised(rows)
+    head = kernel.fit(x, targets, WIDTHS, LANDMARKS)
     tensors = {
         "surface.mean": mean.astype(np.float32), "surface.scale": scale.astype(np.float32),
         "surface.landmarks": head.landmarks, "surface.weights": head.weights.astype(np.float32),
@@ -47,7 +44,7 @@ def fit(rows: np.ndarray, targets: np.ndarray) -> tuple[dict[str, np.ndarray], d
 
 def outputs(tensors: Mapping[str, Any], spec: Mapping[str, Any], rows: np.ndarray) -> np.ndarray:
     """The head's outputs [n, K] of `numbers` [n, d]."""
-    x = np.clip((rows - tensors["surface.mean"]) / tensors["surface.scale"], -LIMIT, LIMIT)
+    x = kernel.scaled(rows, tensors["surface.mean"], tensors["surface.scale"])
     found: np.ndarray = (
         kernel.gram(x, tensors["surface.landmarks"], spec["width"]) @ tensors["surface.weights"]
         + tensors["surface.bias"]
