@@ -24,6 +24,7 @@ from edgeft.bench.callers import Caller, caller
 from edgeft.bench.pool import refuse_without_room
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
+from edgeft.engines import GGUF
 from edgeft.engines.local import default_threads, usable_cores
 from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row, load_rows, prompt_of, spread
@@ -55,20 +56,21 @@ def knobs(target: Target, beside: list[Target], speculate: bool) -> Iterator[tup
         yield f"{name} cores", {"cores": group, "threads": len(group)}
     if target.engine == "onnx":
         yield "threads that sleep while they wait", {"spin": False}
-    if target.engine != "gguf":
+    if target.engine not in GGUF:
         return
     for on in (True, False):
         yield f"flash attention {'on' if on else 'off'}", {"flash_attention": on}
     for ubatch in (128, 256, 1024):
         yield f"micro-batch {ubatch}", {"ubatch": ubatch, "batch": max(2048, ubatch)}
-    for poll in (0, 100):
-        yield f"polling {poll}", {"poll": poll}
+    if target.engine != "llama_cpp":
+        for poll in (0, 100):
+            yield f"polling {poll}", {"poll": poll}
     yield "keys and values in q8_0", {"kv_type": "q8_0", "flash_attention": True}
-    if speculate:
+    if speculate and target.engine != "llama_cpp":
         yield "drafts from n-grams seen", {"speculative": "ngram_mod"}
         for other in beside:
             if (
-                other.engine == "gguf"
+                other.engine in GGUF
                 and other.path
                 and (other.size_bytes or 0) < DRAFT_SHARE * (target.size_bytes or 0)
             ):
@@ -126,7 +128,7 @@ def tune(
             best, entry["taken"] = candidate, True
     chosen, gain = confirm(target, kept, best, context, max_tokens, log, say)
     return {
-        "options": chosen, "gain": gain, "tried": tried, "seconds": round(time.monotonic() - begun, 1),
+        "engine": target.engine, "options": chosen, "gain": gain, "tried": tried, "seconds": round(time.monotonic() - begun, 1),
         "points": [str(point) for point in POINTS],
     }  # fmt: skip
 

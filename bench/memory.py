@@ -22,6 +22,7 @@ from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
 from edgeft.child import process_tree
 from edgeft.device import driver_seen, vram_bytes
+from edgeft.engines import GGUF
 from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row
 
@@ -52,7 +53,7 @@ def kept_tokens(target: Target, threads: int | None, log: Path) -> dict[str, Any
         "computed_bytes": shape.kv_bytes_per_token * 1000 if shape else None,
         "measured_bytes": None,
     }
-    if target.engine == "gguf":
+    if target.engine in GGUF:
         seen = []
         for context in CONTEXTS:
             with caller(target, log, threads, context) as (ask, local):

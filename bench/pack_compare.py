@@ -11,6 +11,7 @@ from edgeft import child
 from edgeft.bench.pack import CHUNK, Pack, load_pack, tokenizer_hash
 from edgeft.bench.pack_estimate import against, summarize
 from edgeft.bench.targets import Target
+from edgeft.engines import GGUF
 from edgeft.errors import EnvironmentFault
 
 KEYS = ("kld", "bound", "variance", "same_top1", "right_delta", "nll", "nll_reference")
@@ -74,7 +75,7 @@ def compare_with_pack(engine: str, folder: Path, pack: Pack, threads: int, log: 
 
 def gives_logits(engine: str) -> bool:
     """Has the engine logits of every position here? GGUF's come from a package that the run-only extra leaves out."""
-    return engine != "gguf" or importlib.util.find_spec("llama_cpp") is not None
+    return engine not in GGUF or importlib.util.find_spec("llama_cpp") is not None
 
 
 def compare_all(engine: str, folder: str, pack: str, threads: int) -> dict[str, Any]:

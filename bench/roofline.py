@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.bench.targets import Target
+from edgeft.engines import GGUF
 
 KV_BYTES = 2  # of one number in the cache: float16 by default in llama.cpp
 
@@ -35,7 +36,7 @@ def shape_of(target: Target, on_gpu: bool = False) -> Shape | None:
     if target.path is None:
         return None
     try:
-        if target.engine == "gguf":
+        if target.engine in GGUF:
             return _of_gguf(target.path)
         return _of_config(target, on_gpu)
     except (OSError, KeyError, ValueError, ImportError, IndexError):
@@ -168,6 +169,17 @@ def gpu_used(result: dict[str, Any], box: dict[str, Any]) -> dict[str, Any] | No
     return None if device == "cpu" else next((g for g in box.get("gpu") or () if g["name"] == device), {})
 
 
+def held_bytes(result: dict[str, Any], on_gpu: bool = True) -> int | None:
+    """The memory that a model took where its weights are: a GPU's where it ran on one, else the processes' resident peak.
+
+    None where that was not measured, or says nothing of a box that is not of the same kind (`on_gpu` False: one without a GPU).
+    """
+    memory = result.get("memory") or {}
+    if ((result.get("load") or {}).get("device") or "cpu") == "cpu":
+        return memory.get("peak_rss_bytes")
+    return memory.get("vram_bytes") if on_gpu else None
+
+
 def predict(result: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any] | None:
     """What another box would give: the share of bandwidth seen here times its bandwidth, and whether memory holds it.
 
@@ -184,7 +196,7 @@ def predict(result: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any] |
         or profile.get("vram_gb")
         or profile.get("ram_gb")
     )
-    peak = (result.get("memory") or {}).get("peak_rss_bytes")
+    peak = held_bytes(result, profile.get("kind") == "gpu")
     read = here["weight_bytes"] + here["kv_bytes_per_token"] * here["context_tokens"]
     assumes = f"the {100 * min(1.0, here['bandwidth_share']):.0f} % of the bandwidth that were used here"
     on_cpu = ((result.get("load") or {}).get("device") or "cpu") == "cpu"

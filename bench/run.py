@@ -19,7 +19,7 @@ from edgeft.bench.phases import compare_logits, measure, tune_all
 from edgeft.bench.reference import base_of, reference_of
 from edgeft.bench.report import write_report
 from edgeft.bench.score import check
-from edgeft.bench.targets import BASE, REFERENCE, Target, find
+from edgeft.bench.targets import BASE, REFERENCE, Target, find, run_by
 from edgeft.bench.workload import Workload
 from edgeft.engines.local import default_threads
 from edgeft.files import sha256_file, sha256_json
@@ -46,7 +46,9 @@ def bench(
     rows = spread(load_rows(workload.tasks), workload.limit)
     check(rows, workload.tasks)
     choices.check(rows, workload.tasks)
-    targets = find(places, models) + ([base_of(workload.base)] if workload.base else [])
+    targets = run_by(
+        find(places, models) + ([base_of(workload.base)] if workload.base else []), workload.gguf_engine
+    )
     if not workload.allow_seen_rows:
         for target in targets:
             seen = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgeft.engines import GGUF, engine
+from edgeft.engines.llama_server import binary_of
 from edgeft.errors import UsageError
 from edgeft.files import sha256_file, sha256_json, tree_bytes
 from edgeft.types import Artifact
@@ -53,6 +55,15 @@ def find(places: list[Path], models: list[str]) -> list[Target]:
         used.add(name)
         named.append(Target(**{**target.__dict__, "id": name}))
     return sorted(named, key=lambda t: t.id != "merged")
+
+
+def run_by(targets: list[Target], gguf_engine: str) -> list[Target]:
+    """The targets, GGUF files by this engine. Raises UsageError where it can't run here."""
+    if gguf_engine != "gguf":
+        engine(gguf_engine)
+        if gguf_engine == "llama_server":
+            binary_of({})
+    return [replace(t, engine=gguf_engine) if t.engine in GGUF else t for t in targets]
 
 
 def _in(place: Path) -> list[Target]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgeft.bench.energy import WALL
 from edgeft.bench.pack_estimate import ESTIMATE
+from edgeft.bench.roofline import held_bytes
 from edgeft.bench.targets import BASE
 from edgeft.errors import GateError, Inconclusive
 
@@ -89,7 +90,7 @@ def n_needed(value: float, low: float, high: float, bound: float, n: int | None)
 def figure(result: dict[str, Any], limit: str) -> tuple[float | None, tuple[float, float] | None, int | None]:
     """(value, interval, n) of what a limit is about; None where it was not measured."""
     if limit == "memory_budget_gb":
-        peak = (result.get("memory") or {}).get("peak_rss_bytes")
+        peak = held_bytes(result)
         return (peak / 1e9 if peak else None), None, None
     if limit == "watts":
         energy = result.get("energy") or {}

@@ -42,6 +42,7 @@ class Workload:
     pack: Path | None = None  # a reference pack, which KLD is taken against instead of the merged model
     context_lengths: tuple[int, ...] = ()  # prompts of the synthetic task, in tokens; none: it is left out
     context_repetitions: int = 4  # of each length and depth
+    gguf_engine: str = "gguf"  # of those that run GGUF files
 
     def key(self) -> dict[str, Any]:
         """What the facts of a run depend on, as JSON."""

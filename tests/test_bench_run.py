@@ -20,7 +20,7 @@ from edgeft.bench.callers import caller
 from edgeft.bench.pool import need_bytes
 from edgeft.bench.schema import faults
 from edgeft.bench.speed import Point
-from edgeft.bench.targets import Target, find
+from edgeft.bench.targets import Target, find, run_by
 from edgeft.engines import run_profile
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.rows import load_rows, row_hash, spread
@@ -341,6 +341,28 @@ def test_both_gguf_engines_answer_alike(tiny_dist, tmp_path):
             texts[engine] = (reply.prompt_tokens, reply.output_tokens, reply.text)
             assert ask({**body, "max_tokens": 3}).output_tokens == 3
     assert texts["gguf"] == texts["llama_cpp"]
+
+
+def test_a_gguf_engine_runs_files_of_that_kind_alone_or_is_refused_beforehand(
+    tiny_dist, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("EDGEFT_LLAMA_SERVER", raising=False)
+    both = find([tiny_dist / "dist" / "gguf-f16", tiny_dist / "dist" / "merged"], [])
+    assert [t.engine for t in run_by(both, "llama_cpp")] == ["transformers", "llama_cpp"]
+    assert run_by(both, "gguf") == both
+    with pytest.raises(UsageError, match="no llama-server on the PATH"):
+        run_by(both, "llama_server")
+
+
+def test_options_chosen_with_one_engine_are_not_another_ones(tmp_path):
+    run_profile.keep(tmp_path, {"engine": "llama_cpp", "options": {"threads": 3, "poll": 9}})
+    assert run_profile.options_for(tmp_path, "llama_cpp") == {"threads": 3}
+    assert run_profile.options_for(tmp_path, "gguf") == {}
+    run_profile.keep(
+        tmp_path, {"options": {"threads": 2}}
+    )  # as they were kept before engines were told apart
+    assert run_profile.options_for(tmp_path, "gguf") == {"threads": 2}
 
 
 def test_a_group_that_is_none_is_not_taken_for_one(tmp_path):

@@ -31,16 +31,14 @@ def checkpoint(folder: Path, shapes: dict | None = None, dtype: str = "float16",
     ("case", "complaint"),
     [
         ({"quant_method": "awq"}, "quant_method is 'awq'"),
-        ({"bits": 5}, "bits is 5"),
+        ({"bits": 3}, "bits is 3; vLLM 0.26.0 takes 4 and 8"),
+        ({"sym": False}, "sym is false"),
+        ({"group_size": 48}, "group_size is 48; .* takes -1, 32, 64, 128"),
         ({"group_size": "32"}, "group_size is '32', and a int"),
         ({"desc_act": None}, "desc_act is None"),
         ({"checkpoint_format": "gptq_p"}, "checkpoint_format is 'gptq_p'"),
         ({"shapes": {"scales": (1, 32)}}, r"scales is \[1, 32\], and \[2, 32\]"),
         ({"group_size": 128}, "the width 64 is no multiple of the group 128"),
-        (
-            {"sym": False, "shapes": {"qweight": (8, 12), "scales": (2, 12), "qzeros": (2, 1)}},
-            "12 outputs are no multiple of 8",
-        ),
     ],
 )
 def test_what_vllm_would_refuse_is_seen(tmp_path, case, complaint):
@@ -50,16 +48,22 @@ def test_what_vllm_would_refuse_is_seen(tmp_path, case, complaint):
     assert found["kernel"] is None and __import__("re").search(complaint, "; ".join(found["problems"]))
 
 
-def test_the_kernel_follows_bits_symmetry_and_group(tmp_path):
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": "bfloat16"},
+        {"bits": 8, "desc_act": True, "shapes": {"qweight": (16, 32), "qzeros": (2, 8)}},
+    ],
+)
+def test_what_vllm_takes_has_a_kernel_and_is_not_called_loaded(tmp_path, case):
     from edgeft.compress.formats.gptq_vllm import check
 
-    assert check(checkpoint(tmp_path / "a", dtype="bfloat16")) == {
-        "kernel": "gptq_marlin",
+    assert check(checkpoint(tmp_path / "a", **case)) == {
+        "vllm": "0.26.0",
+        "kernel": "marlin",
         "problems": [],
         "loaded": False,
     }
-    found = check(checkpoint(tmp_path / "b", sym=False, dtype="bfloat16"))
-    assert found["kernel"] == "gptq" and found["needs_dtype"] == "--dtype float16"
 
 
 def test_gptq_options_that_do_not_fit(tiny_models, tmp_path):

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from edgeft import device
-from edgeft.bench import energy, memory, report, roofline
+from edgeft.bench import energy, memory, report, roofline, verdict
+from edgeft.compress import costs
 from edgeft.engines import transformers as engine
 from edgeft.errors import UsageError
 from edgeft.profiles import detection, gpu
@@ -192,3 +193,31 @@ def test_the_engine_tells_its_device_and_kernel(tiny_dist):
 
     with LocalModel(tiny_dist / "dist" / "merged", "transformers", log=tiny_dist / "log") as local:
         assert local.device and "transformers" in local.build and "Linear" not in local.build
+
+
+def test_a_model_on_a_gpu_is_held_against_memory_by_what_it_holds_there():
+    seen = {"bandwidth_share": 0.5, "weight_bytes": 1e8, "kv_bytes_per_token": 1e3, "context_tokens": 100.0}
+    memory = {"peak_rss_bytes": 9_000_000_000, "vram_bytes": 2_000_000_000}
+    on_gpu = {"roofline": seen, "memory": memory, "load": {"device": GPU}}
+    on_cpu = {**on_gpu, "load": {"device": "cpu"}}
+    card = {"id": "card", "kind": "gpu", "vram_gb": 4, "ram_gb": 64, "bandwidth_gb_per_s": 1000.0}
+    board = {"id": "board", "kind": "soc", "ram_gb": 8, "bandwidth_gb_per_s": 10.0}
+    assert [roofline.predict(on_gpu, box)["fits"] for box in (card, board)] == [True, None]
+    assert [roofline.predict(on_cpu, box)["fits"] for box in (card, board)] == [False, False]
+    assert [verdict.figure(r, "memory_budget_gb")[0] for r in (on_gpu, on_cpu)] == [2.0, 9.0]
+
+
+def test_the_host_memory_of_a_torch_with_a_gpu_is_counted_beforehand(driver, monkeypatch):
+    known = {"parameters": 1e8, "stored": 2e8, "logits": 1e6, "matrices": 100.0, "one": 1.0}
+    box = costs.Box(costs.REFERENCE_GFLOPS, costs.REFERENCE_PYTHON_S, 1.0)
+
+    def anon(**more):
+        return costs.priced(
+            "a", "a", costs.GPTQ, known | more, costs.MEMORY[costs.GPTQ], costs.SECONDS[costs.GPTQ], box
+        ).peak_anon_bytes
+
+    assert anon(cuda=1.0) - anon(cuda=0.0) == pytest.approx(1.05e9)
+    shape = SimpleNamespace(**dict.fromkeys(costs.Shape.__dataclass_fields__, 1), ends=1)
+    assert costs.quantities(shape)["cuda"] == 1.0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert costs.quantities(shape)["cuda"] == 0.0

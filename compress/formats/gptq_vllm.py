@@ -1,12 +1,11 @@
-"""What vLLM's reader of GPTQ configurations asks of a checkpoint, checked on its files. vLLM itself is not run.
+"""What vLLM's reader of GPTQ checkpoints asks for, checked on the files. vLLM itself is not run here.
 
-The rules are those of vLLM's own source (github.com/vllm-project/vllm, Apache-2.0, read at commit 00161ce and at its
-forks of 2026; no code is taken from it):
-- model_executor/layers/quantization/gptq_marlin.py: `GPTQMarlinConfig.from_config` needs bits, group_size, desc_act and
-  sym, and knows lm_head, dynamic and modules_in_block_to_quantize; TYPE_MAP has (4, sym) and (8, sym).
+The rules are those of vLLM 0.26.0's own source (github.com/vllm-project/vllm, Apache-2.0; no code is taken from it):
+- model_executor/layers/quantization/auto_gptq.py: `AutoGPTQConfig.from_config` needs bits, group_size, desc_act and sym, and
+  knows lm_head, dynamic and modules_in_block_to_quantize; TYPE_MAP has (4, symmetric) and (8, symmetric) alone.
 - …/utils/marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES is -1, 32, 64, 128.
-- …/gptq.py: `GPTQConfig.from_config` needs bits, group_size and desc_act, knows checkpoint_format (gptq, gptq_v2);
-  bits are 2, 3, 4, 8; activations float16 alone; a layer's input is a multiple of the group, its output of the packing.
+On an H100 it loaded a 4-bit checkpoint and refused one of 3 bits, as these rules say (docs/hardware-runs). Releases before had a
+slower kernel for 2, 3, 4 and 8 bits, symmetric or not.
 """
 
 from __future__ import annotations
@@ -14,23 +13,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-MARLIN_BITS = (4, 8)
-MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
-BITS = (2, 3, 4, 8)
+VLLM = "0.26.0"
+BITS = (4, 8)
+GROUP_SIZES = (-1, 32, 64, 128)
 FORMATS = ("", "gptq", "gptq_v2")
 KINDS = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """{"kernel": gptq_marlin, gptq or None, "problems": […], "loaded": False} of a checkpoint's folder.
-
-    With the kernel `gptq` activations must be float16: `needs_dtype` says so where config.json has another.
-    """
+    """{"vllm": whose rules, "kernel": marlin or None, "problems": […], "loaded": False} of a checkpoint's folder."""
     from edgeft.compress.adapter import header_of
     from edgeft.files import read_json
 
-    model = read_json(folder / "config.json")
-    config = model.get("quantization_config") or {}
+    config = read_json(folder / "config.json").get("quantization_config") or {}
     problems = _config_problems(config)
     own = folder / "quantize_config.json"
     if own.is_file():
@@ -40,25 +35,15 @@ def check(folder: Path) -> dict[str, Any]:
             for key in KINDS
             if config.get(key) != other.get(key)
         ]
-    if problems:
-        return {"kernel": None, "problems": problems, "loaded": False}
-    kernel = kernel_of(config)
-    shapes = {k: v["shape"] for file in folder.glob("*.safetensors") for k, v in header_of(file).items()}
-    problems = _shape_problems(config, shapes, kernel)
-    found: dict[str, Any] = {
-        "kernel": kernel if not problems else None,
+    if not problems:
+        shapes = {k: v["shape"] for file in folder.glob("*.safetensors") for k, v in header_of(file).items()}
+        problems = _shape_problems(config, shapes)
+    return {
+        "vllm": VLLM,
+        "kernel": None if problems else "marlin",
         "problems": problems,
         "loaded": False,
     }
-    if kernel == "gptq" and model.get("dtype") != "float16":
-        found["needs_dtype"] = "--dtype float16"
-    return found
-
-
-def kernel_of(config: dict[str, Any]) -> str:
-    """gptq_marlin where its conditions hold, else gptq."""
-    marlin = config["bits"] in MARLIN_BITS and config["sym"] and config["group_size"] in MARLIN_GROUP_SIZES
-    return "gptq_marlin" if marlin else "gptq"
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:
@@ -70,8 +55,13 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     for key, kind in KINDS.items():
         if type(config.get(key)) is not kind:
             found.append(f"{key} is {config.get(key)!r}, and a {kind.__name__} is needed")
-    if not found and config["bits"] not in BITS:
-        found.append(f"bits is {config['bits']}; vLLM takes 2, 3, 4, 8")
+    if not found:
+        if config["bits"] not in BITS:
+            found.append(f"bits is {config['bits']}; vLLM {VLLM} takes 4 and 8")
+        if not config["sym"]:
+            found.append(f"sym is false; vLLM {VLLM} takes symmetric alone")
+        if config["group_size"] not in GROUP_SIZES:
+            found.append(f"group_size is {config['group_size']}; vLLM {VLLM} takes -1, 32, 64, 128")
     if (layout := config.get("checkpoint_format") or "") not in FORMATS:
         found.append(f"checkpoint_format is {layout!r}; vLLM knows gptq and gptq_v2")
     if config.get("lm_head") not in (None, False, True):
@@ -81,7 +71,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     return found
 
 
-def _shape_problems(config: dict[str, Any], shapes: dict[str, list[int]], kernel: str) -> list[str]:
+def _shape_problems(config: dict[str, Any], shapes: dict[str, list[int]]) -> list[str]:
     """Tensors that are missing or of another shape than vLLM makes room for."""
     bits, found = config["bits"], []
     layers = [name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight")]
@@ -91,12 +81,8 @@ def _shape_problems(config: dict[str, Any], shapes: dict[str, list[int]], kernel
         packed, outputs = shapes[f"{layer}.qweight"]
         width = packed * 32 // bits
         group = width if config["group_size"] == -1 else config["group_size"]
-        # 3 bits: 32 values in three words, so that the whole of 32 must fit.
-        multiple = 32 if bits == 3 else 32 // bits
         if width % group:
             found.append(f"{layer}: the width {width} is no multiple of the group {group}")
-        if kernel == "gptq" and outputs % multiple:
-            found.append(f"{layer}: {outputs} outputs are no multiple of {multiple}")
         wanted = {
             "scales": [width // group, outputs],
             "qzeros": [width // group, outputs * bits // 32],

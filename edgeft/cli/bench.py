@@ -6,6 +6,7 @@ import click
 
 from edgeft import console
 from edgeft.cli import Group, bench_lm_eval, bench_pack, bench_runs, options
+from edgeft.engines import GGUF
 
 
 @click.group("bench", cls=Group, default="run")
@@ -130,6 +131,13 @@ for _command in (*bench_runs.COMMANDS, *bench_lm_eval.COMMANDS, bench_pack.pack_
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer (from the rows if left out).")
 @click.option("--threads", type=click.IntRange(1), help="Threads of an engine (physical cores if left out).")
 @click.option(
+    "--gguf-engine",
+    type=click.Choice(GGUF),
+    default="gguf",
+    show_default=True,
+    help="What runs GGUF files: xllamacpp, llama-cpp-python, or the binary $EDGEFT_LLAMA_SERVER.",
+)
+@click.option(
     "--context", type=click.IntRange(64), default=2048, show_default=True, help="Context in tokens."
 )
 @click.option(
@@ -189,6 +197,7 @@ def run_command(
     gate: bool,
     max_tokens: int | None,
     threads: int | None,
+    gguf_engine: str,
     context: int,
     fidelity_rows: int,
     pack: Path | None,
@@ -228,6 +237,7 @@ def run_command(
         speculate=speculate,
         max_tokens=max_tokens,
         threads=threads,
+        gguf_engine=gguf_engine,
         context=context,
         fidelity_rows=fidelity_rows,
         pack=pack,

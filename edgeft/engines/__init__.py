@@ -25,6 +25,7 @@ ENGINES = {
     "onnx": "edgeft.engines.onnx",
     "transformers": "edgeft.engines.transformers",
 }
+GGUF = ("gguf", "llama_cpp", "llama_server")  # those that run GGUF files
 
 
 def engine(name: str) -> ModuleType:

@@ -30,7 +30,10 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     file, adapter = model_and_adapter(folder)
     if adapter or options.get("adapters"):
-        raise UsageError(f"{folder} is an adapter to be loaded beside a base.", "--gguf-engine gguf loads it")
+        raise UsageError(
+            f"{folder} is an adapter to be loaded beside a base.",
+            "edgeft bench … --gguf-engine gguf loads it",
+        )
     llama.llama_backend_init()
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = gpu_layers(options)

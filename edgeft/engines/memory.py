@@ -7,6 +7,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from edgeft.engines import GGUF
+
 MB = 1_000_000
 # What a process takes beside weights and context: imports and buffers. Assumed; what was measured replaces it after the first load.
 FIXED_BYTES = {
@@ -22,7 +24,7 @@ def estimated_bytes(path: Path, engine: str, tokens: int) -> int:
     """Weights on the disk, keys and values of `tokens` (all slots together) and what the engine takes beside."""
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     weights = sum(f.stat().st_size for f in files)
-    if engine in ("gguf", "llama_server", "llama_cpp"):
+    if engine in GGUF:
         from edgeft.engines.gguf import model_and_adapter
 
         model = model_and_adapter(path)[0]

@@ -12,11 +12,12 @@ from typing import Any
 FILE = "run-profile.json"
 SCHEMA = "edgeft/run-profile@1"
 # What an engine may be told, and what stands for it. `cores`: the CPUs that it is bound to.
+LLAMA = ("threads", "threads_batch", "cores", "batch", "ubatch", "flash_attention", "kv_type")
+SERVER = (*LLAMA, "poll", "speculative", "draft", "draft_tokens")
 KNOWN = {
-    "gguf": (
-        "threads", "threads_batch", "cores", "batch", "ubatch", "flash_attention", "kv_type", "poll", "speculative",
-        "draft", "draft_tokens",
-    ),
+    "gguf": SERVER,
+    "llama_server": SERVER,
+    "llama_cpp": LLAMA,
     "onnx": ("threads", "cores", "spin"),
     "transformers": ("threads", "cores"),
 }  # fmt: skip
@@ -33,12 +34,12 @@ def this_box() -> str:
 
 
 def options_for(folder: Path, engine: str) -> dict[str, Any]:
-    """The options that were chosen for this artefact on this box; empty where there are none.
+    """The options that were chosen for this artefact on this box with this engine; empty where there are none.
 
     A draft's path is kept relative to the artefact; where the draft is gone, so is the option.
     """
     kept = read(folder)["boxes"].get(this_box()) if (folder / FILE).is_file() else None
-    if not kept:
+    if not kept or kept.get("engine", engine) != engine:
         return {}
     options = {key: value for key, value in kept["options"].items() if key in KNOWN.get(engine, ())}
     if "draft" in options:
@@ -69,7 +70,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def keep(folder: Path, found: dict[str, Any]) -> None:
-    """Keep what was chosen for this box: `options`, `gain` and how they were found."""
+    """Keep what was chosen for this box: `engine`, `options`, `gain` and how they were found."""
     from edgeft.files import write_json
 
     value = read(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from edgeft.engines import GGUF
 from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault
 
@@ -69,7 +70,7 @@ def begins_with(text: EngineText) -> list[int]:
 
 def prefix_token(folder: Path, engine: str) -> int:
     """The id that a text without anything before it stands on: beginning-of-text, else end-of-text, as lm-eval has it."""
-    if engine == "gguf":
+    if engine in GGUF:
         return _gguf_prefix(folder)
     from tokenizers import Tokenizer
 
