@@ -24,7 +24,8 @@ from edgeft.device import driver_seen
 
 MERGE, PROOF = "merging", "proving the merge"
 CONVERT, IMATRIX, QUANTIZE = "llama.cpp's converter", "what the layers see", "llama_model_quantize"
-ROUNDING, CONVERT_LORA = "rounding with error feedback", "llama.cpp's converter of adapters"
+SMOOTHING, ROUNDING = "evening out channels", "rounding with error feedback"
+CONVERT_LORA = "llama.cpp's converter of adapters"
 GREEDY = "the merged model's greedy tokens"
 LEVELS = "measuring accuracy levels"
 BUILDER, EMBEDDING, GPTQ = "onnxruntime-genai's builder", "quantizing the embedding", "gptqmodel"
@@ -116,6 +117,7 @@ MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     IMATRIX: ({"one": 2.8e8, "parameters": 5.0, "pass": 1.3}, {"one": 0.8e8, "stored": 0.6}),
     CONVERT_LORA: ({"one": 2.7e8, "parameters": 0.05}, {"one": 1.1e8}),
     QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
+    SMOOTHING: ({"one": 0.3e8, "batch": 6.0}, {"one": 0.3e8, "stored": 0.8}),
     ROUNDING: ({"one": 1.15e8, "batch": 25.0, "square": 25.0}, {"one": 0.9e8, "stored": 0.95}),
     "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:int4": ({"one": 4.3e8, "parameters": 5.32}, {"one": 1.35e8, "stored": 1.0}),
@@ -140,6 +142,7 @@ SECONDS: dict[str, dict[str, float]] = {
     CONVERT: {"one": 4.2, "parameters": 4e-9},
     IMATRIX: {"one": 6.9, "see": 1.27e-11},
     CONVERT_LORA: {"one": 3.6, "parameters": 1e-9},
+    SMOOTHING: {"one": 0.5, "parameters": 1.1e-8},
     ROUNDING: {"one": 4.3, "parameters": 1.55e-7},
     QUANTIZE: {"one": 0.15, "parameters": 1.6e-8, "wide": 2.1e-8},
     "onnx:int8": {"one": 5.6, "parameters": 1.65e-8},
@@ -301,7 +304,10 @@ def _names(spec: Spec, shape: Shape) -> list[str]:
         return [CONVERT_LORA]
     if spec.format == "gguf":
         feedback = shape.tokens and spec.options.get("rounding") != "nearest"
-        quantize = [*([IMATRIX] if shape.tokens else []), QUANTIZE, *([ROUNDING] if feedback else [])]
+        smooth = [SMOOTHING] if feedback and spec.options.get("smooth", True) else []
+        quantize = [
+            *([IMATRIX] if shape.tokens else []), *smooth, QUANTIZE, *([ROUNDING] if feedback else []),
+        ]  # fmt: skip
         return [CONVERT] if spec.variant in CONVERTED else [CONVERT, *quantize]
     if spec.format == "onnx":
         known = f"onnx:{spec.variant}" if f"onnx:{spec.variant}" in MEMORY else "onnx:fp32"
@@ -336,11 +342,12 @@ def artifact_bytes(spec: Spec, shape: Shape) -> int:
 
 
 def scratch_bytes(spec: Spec, shape: Shape) -> int:
-    """What lies in OUT/.work while a format is made: the unquantized GGUF, the second moments."""
+    """What lies in OUT/.work while a format is made: the unquantized GGUF, the smoothed one, the second moments."""
     if spec.format != "gguf" or spec.variant in CONVERTED:
         return 0
     feedback = shape.tokens and spec.options.get("rounding") != "nearest"
-    return shape.stored_bytes + (shape.moment_bytes if feedback else 0)
+    smooth = feedback and spec.options.get("smooth", True)
+    return shape.stored_bytes * (2 if smooth else 1) + (shape.moment_bytes if feedback else 0)
 
 
 def probe(folder: Path) -> Box:

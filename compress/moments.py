@@ -249,6 +249,12 @@ class Moments:
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.leaders
 
+    def diagonal(self, tensor: str) -> Any:
+        """The mean squared inputs of a GGUF tensor, float32 [columns], without reading the rest."""
+        import numpy as np
+
+        return np.load(self.folder / f"{self.leaders[tensor]}.npy", mmap_mode="r").diagonal()
+
     def of(self, tensor: str) -> Any:
         """H of a GGUF tensor's inputs, float32 [columns, columns]."""
         import numpy as np

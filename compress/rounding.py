@@ -16,10 +16,13 @@ BLOCK_COLUMNS = 128  # rounded before the rest of the tensor is corrected
 BATCH_ROWS = 4096  # of a tensor at once: rows do not know of each other
 
 
-def recode(target: str, source: str, moments: str, threads: int) -> dict[str, Any]:
+def recode(
+    target: str, source: str, moments: str, threads: int, factors: str | None = None
+) -> dict[str, Any]:
     """Choose the codes of the quantized file `target` again, in place. Runs in a child process.
 
-    `source`: the unquantized GGUF file that it was made of; `moments`: a folder of `edgeft.compress.moments`.
+    `source`: the unquantized GGUF file that it was made of; `moments`: a folder of `edgeft.compress.moments`;
+    `factors`: by which `source` was smoothed after they were collected.
     Returns tensors (how many were changed), share (of all parameters), and error_ratio (the sum of the changed tensors'
     expected squared output errors, after over before).
     """
@@ -27,12 +30,13 @@ def recode(target: str, source: str, moments: str, threads: int) -> dict[str, An
 
     from edgeft.compress import blocks
     from edgeft.compress.moments import Moments
+    from edgeft.compress.smoothing import Factors
     from edgeft.gguf_file import Tensors
 
     torch.set_num_threads(threads)
     weights = {t.name: t for t in Tensors(source).tensors}
     reader = Tensors(target, "r+")
-    second = Moments(Path(moments))
+    second, smoothed = Moments(Path(moments)), Factors(factors)
     tied = "output.weight" not in weights
     parameters = changed = tensors = 0
     before = after = 0.0
@@ -49,7 +53,8 @@ def recode(target: str, source: str, moments: str, threads: int) -> dict[str, An
             continue
         leader = second.leaders[tensor.name]
         if leader != prepared[0]:
-            prepared = (leader, Feedback(torch.from_numpy(second.of(tensor.name))))
+            moved = smoothed.moments(tensor.name, second.of(tensor.name))
+            prepared = (leader, Feedback(torch.from_numpy(moved)))
         data, old, new = _in_batches(kind, tensor.data, weights[tensor.name], prepared[1])
         if new < old:
             tensor.data[...] = data

@@ -103,7 +103,11 @@ def test_feedback_is_gptq_by_the_book(kind):
 def rounded(tiny_models, tiny_adapters, tmp_path_factory):
     """A dist of one tiny model: nearest and feedback, and one with types of its own."""
     out = tmp_path_factory.mktemp("rounded")
-    asked = ("gguf:q4_k_m,rounding=nearest", "gguf:q4_k_m", "gguf:q4_k_m,ffn_down=q8_0,attn_v=iq4_xs")
+    asked = (
+        "gguf:q4_k_m,rounding=nearest",
+        "gguf:q4_k_m,smooth=false",
+        "gguf:q4_k_m,ffn_down=q8_0,attn_v=iq4_xs",
+    )
     recipe = Recipe(
         out=out, formats=asked, calibration=DESK / "calibrate.jsonl", name="tiny", threads=2, no_gate=True
     )

@@ -1,8 +1,8 @@
 """GGUF: f32, f16, bf16 and q8_0 by upstream's converter, K and IQ types by `llama_model_quantize`.
 
 With calibration rows the quantizer weighs columns by an importance matrix computed on them, which is kept as
-`dist/imatrix.gguf`, and the codes are then chosen again with error feedback (`edgeft.compress.rounding`): types,
-scales and size stay llama.cpp's.
+`dist/imatrix.gguf`. Channels are evened out beforehand (`edgeft.compress.smoothing`), and the codes are then chosen again with error
+feedback (`edgeft.compress.rounding`): types and size stay llama.cpp's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ QUANTIZED = (
 VARIANTS = (*CONVERTED, *QUANTIZED, *NEED_IMATRIX)
 OPTIONS: dict[str, Any] = {
     "rounding": one_of("nearest", "feedback"),
+    "smooth": one_of(True, False),
     "types": (read_types, "a JSON file of tensor name -> type, or name:type;name:type…"),
     **dict.fromkeys(TENSOR_CLASSES, one_of(*TENSOR_TYPES)),
     "split_max_size": gguf_split.OPTION,
@@ -50,12 +51,14 @@ FALLBACK_WARNING_SHARE = 0.05
 def refuse(spec: Any, base: Path, plan: Any) -> None:
     """Raise what is wrong with the options."""
     autoround.refuse(spec)
-    refused = set(spec.options) & {"rounding", "types", *TENSOR_CLASSES}
+    refused = set(spec.options) & {"rounding", "smooth", "types", *TENSOR_CLASSES}
     if spec.variant in CONVERTED and refused:
         raise UsageError(
             f"gguf:{spec.variant} is written by the converter, which has no {sorted(refused)[0]}.",
             "--to gguf:q4_k_m,… (any quantized type)",
         )
+    if spec.options.get("smooth") and spec.options.get("rounding") == "nearest":
+        raise UsageError("smoothing goes with error feedback.", "smooth=true without rounding=nearest")
 
 
 def settings(job: Any) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def settings(job: Any) -> dict[str, Any]:
         **found,
         "imatrix": "mean squared inputs",
         "rounding": rounding,
+        "smooth": smoothing_of(job),
         "calibration_sha256": sha256_file(job.calibration),
     }
 
@@ -91,6 +95,11 @@ def settings(job: Any) -> dict[str, Any]:
 def rounding_of(job: Any) -> str:
     """nearest or feedback: as asked, else feedback where there are rows."""
     return job.options.get("rounding") or ("feedback" if job.calibration else "nearest")
+
+
+def smoothing_of(job: Any) -> bool:
+    """Are channels evened out? As asked, else with error feedback."""
+    return rounding_of(job) == "feedback" and bool(job.options.get("smooth", True))
 
 
 def build(job: Any) -> dict[str, float]:
@@ -130,6 +139,10 @@ def _build(job: Any) -> dict[str, float]:
     if job.calibration:
         imatrix, moments, spent = seen_by_layers(job, source, with_moments=rounding_of(job) == "feedback")
         steps += [spent] if spent else []
+    factors = None
+    if moments and smoothing_of(job):
+        source, factors, spent = smoothed(job, source, moments)
+        steps += [spent] if spent else []
     steps.append(
         child.call(
             "edgeft.compress.formats.gguf:quantize",
@@ -140,6 +153,7 @@ def _build(job: Any) -> dict[str, float]:
             variant=job.variant,
             threads=job.threads,
             imatrix=str(imatrix) if imatrix else None,
+            factors=str(factors) if factors else None,
             types=patterns(job.options),
         )
     )
@@ -152,6 +166,7 @@ def _build(job: Any) -> dict[str, float]:
                 target=str(target),
                 source=str(source),
                 moments=str(moments),
+                factors=str(factors) if factors else None,
                 threads=job.threads,
             )
         )
@@ -189,6 +204,33 @@ def seen_by_layers(job: Any, source: Path, with_moments: bool) -> tuple[Path, Pa
             f"  no importance for {len(spent['unnamed'])} layers that GGUF has no name for ({spent['unnamed'][0]}, …)"
         )
     return matrix, folder if with_moments else None, spent
+
+
+def smoothed(job: Any, source: Path, moments: Path) -> tuple[Path, Path | None, dict[str, Any]]:
+    """(the source with evened channels, their factors, cost); the source itself where its architecture is not known for it."""
+    from edgeft.compress import smoothing
+    from edgeft.compress.moments import made_of
+    from edgeft.files import publish, sha256_json
+
+    if not smoothing.applies(source):
+        return source, None, {}
+    key = sha256_json([made_of(moments), source.name, job.model_name])[:16]
+    file, factors = job.work / f"smooth-{key}.gguf", job.work / f"smooth-{key}.npz"
+    if file.exists() and factors.exists():
+        return file, factors, {}
+    partial, partial_factors = file.with_suffix(".gguf.part"), factors.with_suffix(".npz.part")
+    spent = child.call(
+        "edgeft.compress.smoothing:smooth",
+        log=job.log,
+        title="evening out channels",
+        source=str(source),
+        moments=str(moments),
+        target=str(partial),
+        factors=str(partial_factors),
+    )
+    publish(partial_factors, factors)
+    publish(partial, file)
+    return file, factors, spent
 
 
 def unquantized(job: Any) -> tuple[Path, dict[str, float]]:
@@ -243,8 +285,11 @@ def quantize(
     threads: int,
     imatrix: str | None = None,
     types: list[list[str]] | None = None,
+    factors: str | None = None,
 ) -> dict[str, Any]:
     """Quantize a GGUF file, columns weighed by an importance matrix where there is one. Runs in a child process.
+
+    `factors`: by which `source` was smoothed after the matrix was collected.
 
     `types`: [regular expression over tensor names, type] in the order of being tried; the variant decides the rest.
     """
@@ -257,8 +302,12 @@ def quantize(
     kept = []  # the numbers live as long as this function
     if imatrix:
         from edgeft.compress.imatrix import read
+        from edgeft.compress.smoothing import Factors
 
-        weighed = sorted(read(Path(imatrix)).items())
+        known = Factors(factors)
+        weighed = [
+            (name, known.squares(name, values)) for name, values in sorted(read(Path(imatrix)).items())
+        ]
         entries = (llama_cpp.llama_model_imatrix_data * (len(weighed) + 1))()
         for entry, (name, values) in zip(entries, weighed, strict=False):
             numbers = (ctypes.c_float * len(values))(*values.tolist())

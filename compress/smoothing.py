@@ -1,0 +1,179 @@
+"""Channels evened out before quantizing: the same function, in weights and inputs that lose less when they are rounded.
+
+A factor s a channel is taken out of what writes it and put into what reads it: a norm's weight against the columns of q, k and v,
+of gate and up, of a head of its own; the rows of up against the columns of down, those of v against o's. s = x^a / w^(1-a) with
+x, w the root mean squares of the channel's inputs and of its column, which is SmoothQuant (arXiv 2211.10438) with mean squares for
+its maxima. llama.cpp's CPU kernels round a layer's inputs to 8 bits with a scale for 32 or 256 channels, so that a loud channel
+costs its neighbours their precision; what an importance matrix or error feedback chooses among the weights' levels does not see that.
+
+Weights are rounded once more to the file's own float, a thousandth at most (bfloat16: a 256th) where 4 bits lose a tenth. Powers of two would
+round nothing, and left half of what is gained here undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeft.compress.rounding import BATCH_ROWS
+from edgeft.errors import UsageError
+
+STRENGTH = 0.5  # a: 0 evens out the weights alone, 1 the inputs alone
+MOST = 64.0  # factors are between 1/MOST and MOST
+# Where these are all that reads a norm's output, and gates are multiplied in between up and down.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+PARTS = (
+    ("attn_norm", ("attn_q", "attn_k", "attn_v")),
+    ("ffn_norm", ("ffn_gate", "ffn_up")),
+    ("ffn_up", ("ffn_down",)),
+    ("attn_v", ("attn_output",)),
+)
+
+
+def smooth(source: str, moments: str, target: str, factors: str) -> dict[str, Any]:
+    """Write the GGUF file `source` with evened channels as `target`, and the factors as `factors`. Runs in a child process.
+
+    `moments`: a folder of `edgeft.compress.moments`; `factors`: an .npz of float32 [columns] by the name of the tensor that reads them.
+    Returns channels (how many have a factor) and tensors (changed). Raises UsageError where a weight would leave its float's range.
+    """
+    import shutil
+
+    import numpy as np
+
+    from edgeft.compress.moments import Moments
+    from edgeft.gguf_file import Tensors
+
+    shutil.copyfile(source, target)
+    reader = Tensors(target, "r+")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    second, found = Moments(Path(moments)), {}
+    changed, channels = set(), 0
+    for writer, readers in pairs(tensors, _known(reader)):
+        if not all(f"{name}.weight" in second for name in readers):
+            continue
+        weights = [tensors[f"{name}.weight"] for name in readers]
+        s = factors_of(second.diagonal(weights[0].name), weights, heads_of(writer, _known(reader)))
+        channels += len(s)
+        for tensor in weights:
+            _scale(tensor, s)
+            found[tensor.name] = s
+        written = 1 / written_by(s, heads_of(writer, _known(reader)))
+        for name in (f"{writer}.weight", f"{writer}.bias"):
+            if name in tensors:
+                rows = written[:, None] if tensors[name].data.ndim > 1 else written
+                _scale(tensors[name], rows)
+                changed.add(name)
+    reader.data.flush()
+    with Path(factors).open("wb") as file:
+        np.savez(file, **found)
+    return {"channels": channels, "tensors": len(changed | set(found))}
+
+
+def applies(source: Path) -> bool:
+    """Is the file's architecture one whose channels are known to be read and written by PARTS alone?"""
+    from edgeft.gguf_file import Tensors
+
+    return Tensors(source).fields["general.architecture"].contents() in ARCHITECTURES
+
+
+def pairs(tensors: dict[str, Any], known: dict[str, int]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(what writes channels, what reads them) of every block and of a head of its own, without `.weight`."""
+    found = [
+        (f"blk.{block}.{writer}", tuple(f"blk.{block}.{name}" for name in readers))
+        for block in range(known["block_count"])
+        for writer, readers in PARTS
+    ]
+    for writer, readers in [*found, ("output_norm", ("output",))]:
+        if all(f"{name}.weight" in tensors for name in (writer, *readers)):
+            yield writer, readers
+
+
+def heads_of(writer: str, known: dict[str, int]) -> tuple[int, int]:
+    """(heads that are written, how many readers each has): keys' and values' heads serve several queries' ones."""
+    if not writer.endswith("attn_v"):
+        return 1, 1
+    return known["attention.head_count_kv"], known["attention.head_count"] // known["attention.head_count_kv"]
+
+
+def factors_of(squares: Any, weights: list[Any], heads: tuple[int, int]) -> Any:
+    """s, float32 [columns], of geometric mean 1; one for all the readers of a written channel. `squares`: mean of x² [columns]."""
+    import numpy as np
+    from gguf import dequantize
+
+    columns = np.zeros(squares.shape)
+    for tensor in weights:
+        for part in _parts(tensor):
+            values = dequantize(tensor.data[part], tensor.tensor_type)
+            columns += np.square(values).sum(0, dtype=np.float64) / len(tensor.data)
+    x, w = (
+        np.sqrt(np.maximum(values, 0).astype(np.float64).reshape(*heads, -1).mean(1))
+        for values in (squares, columns)
+    )
+    seen = (x > 0) & (w > 0)
+    logs = np.zeros(x.shape)
+    logs[seen] = STRENGTH * np.log2(x[seen]) - (1 - STRENGTH) * np.log2(w[seen])
+    if seen.any():
+        logs[seen] -= logs[seen].mean()
+    s = np.exp2(logs).clip(1 / MOST, MOST).astype(np.float32)
+    return np.repeat(s[:, None], heads[1], 1).reshape(-1)
+
+
+def written_by(s: Any, heads: tuple[int, int]) -> Any:
+    """The factors of the channels as they are written: one for all that read it."""
+    return s.reshape(*heads, -1)[:, 0].reshape(-1)
+
+
+def _scale(tensor: Any, by: Any) -> None:
+    """Multiply a float tensor in place."""
+    import numpy as np
+    from gguf import dequantize, quantize
+
+    for part in _parts(tensor):
+        factors = by if by.ndim == 1 < tensor.data.ndim else by[part]
+        data = quantize(dequantize(tensor.data[part], tensor.tensor_type) * factors, tensor.tensor_type)
+        if not np.isfinite(dequantize(data, tensor.tensor_type)).all():
+            raise UsageError(
+                f"{tensor.name} leaves the range of {tensor.tensor_type.name} when its channels are evened out.",
+                "--to gguf:q4_k_m,smooth=false",
+            )
+        tensor.data[part] = data
+
+
+def _parts(tensor: Any) -> Iterator[slice]:
+    """Rows that are worked on at once."""
+    for start in range(0, len(tensor.data), BATCH_ROWS):
+        yield slice(start, start + BATCH_ROWS)
+
+
+def _known(reader: Any) -> dict[str, int]:
+    """The numbers of the file's header, without the architecture's name before them."""
+    arch = reader.fields["general.architecture"].contents()
+    return {
+        name.removeprefix(f"{arch}."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(f"{arch}.")
+    }
+
+
+class Factors:
+    """The factors of a file, read once: `of` gives those of a tensor's columns, or None."""
+
+    def __init__(self, file: str | None) -> None:
+        import numpy as np
+
+        self.known: dict[str, Any] = {}
+        if file:
+            with np.load(file) as found:
+                self.known = {name: found[name] for name in found.files}
+
+    def squares(self, name: str, values: Any) -> Any:
+        """Mean squared inputs [columns] of the smoothed model, from the plain one's."""
+        return values / self.known[name] ** 2 if name in self.known else values
+
+    def moments(self, name: str, values: Any) -> Any:
+        """The same of second moments [columns, columns], in place."""
+        if name in self.known:
+            values /= self.known[name][:, None]
+            values /= self.known[name]
+        return values
