@@ -66,7 +66,7 @@ def entry_of(
         result |= price_of(target, result["accuracy"])
     result["roofline"] = roofline.share(result, target, box.get("measured_on") or box)
     result["predictions"] = [p for other in others if (p := roofline.predict(result, other))]
-    result["verdict"] = verdicts(result, box.get("limits") or {}) if target.path else []
+    result["verdict"] = verdicts(result, box.get("limits") or {}, box.get("kind")) if target.path else []
     return result
 
 

@@ -169,15 +169,22 @@ def gpu_used(result: dict[str, Any], box: dict[str, Any]) -> dict[str, Any] | No
     return None if device == "cpu" else next((g for g in box.get("gpu") or () if g["name"] == device), {})
 
 
-def held_bytes(result: dict[str, Any], on_gpu: bool = True) -> int | None:
-    """The memory that a model took where its weights are: a GPU's where it ran on one, else the processes' resident peak.
+def held_bytes(result: dict[str, Any], kind: str | None) -> int | None:
+    """The memory that is held against a box of a profile's kind: the processes' resident peak where the model ran on a CPU.
 
-    None where that was not measured, or says nothing of a box that is not of the same kind (`on_gpu` False: one without a GPU).
+    Where it ran on a GPU: what its processes held there for a `gpu`, the larger of both for a `soc`, whose memory is one; None, since
+    it says nothing, for a box without a GPU. None too where it was not measured.
     """
     memory = result.get("memory") or {}
-    if ((result.get("load") or {}).get("device") or "cpu") == "cpu":
-        return memory.get("peak_rss_bytes")
-    return memory.get("vram_bytes") if on_gpu else None
+    peak, vram = memory.get("peak_rss_bytes"), memory.get("vram_bytes")
+    if on_cpu(result):
+        return peak
+    return vram if kind == "gpu" else max(peak or 0, vram or 0) or None if kind == "soc" else None
+
+
+def on_cpu(result: dict[str, Any]) -> bool:
+    """Did the model run on the CPU alone?"""
+    return ((result.get("load") or {}).get("device") or "cpu") == "cpu"
 
 
 def predict(result: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any] | None:
@@ -196,11 +203,10 @@ def predict(result: dict[str, Any], profile: dict[str, Any]) -> dict[str, Any] |
         or profile.get("vram_gb")
         or profile.get("ram_gb")
     )
-    peak = held_bytes(result, profile.get("kind") == "gpu")
+    peak = held_bytes(result, profile.get("kind"))
     read = here["weight_bytes"] + here["kv_bytes_per_token"] * here["context_tokens"]
     assumes = f"the {100 * min(1.0, here['bandwidth_share']):.0f} % of the bandwidth that were used here"
-    on_cpu = ((result.get("load") or {}).get("device") or "cpu") == "cpu"
-    if profile.get("kind") == "gpu" and on_cpu:
+    if profile.get("kind") == "gpu" and on_cpu(result):
         assumes += (
             ", on a CPU: a small model on a GPU is held up by other things, so this is no more than a bound"
         )

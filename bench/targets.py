@@ -59,7 +59,7 @@ def find(places: list[Path], models: list[str]) -> list[Target]:
 
 def run_by(targets: list[Target], gguf_engine: str) -> list[Target]:
     """The targets, GGUF files by this engine. Raises UsageError where it can't run here."""
-    if gguf_engine != "gguf":
+    if gguf_engine != "gguf" and any(t.engine in GGUF for t in targets):
         engine(gguf_engine)
         if gguf_engine == "llama_server":
             binary_of({})

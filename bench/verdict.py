@@ -7,7 +7,7 @@ from typing import Any
 
 from edgeft.bench.energy import WALL
 from edgeft.bench.pack_estimate import ESTIMATE
-from edgeft.bench.roofline import held_bytes
+from edgeft.bench.roofline import held_bytes, on_cpu
 from edgeft.bench.targets import BASE
 from edgeft.errors import GateError, Inconclusive
 
@@ -23,12 +23,17 @@ JUDGED = {
 }
 
 
-def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str, Any]]:
-    """For each limit that is set: the figure, its interval, the verdict, and the samples or processes that would decide."""
+def verdicts(
+    result: dict[str, Any], limits: dict[str, float], kind: str | None = None
+) -> list[dict[str, Any]]:
+    """For each limit of a profile of this kind: the figure, its interval, the verdict, and the samples or processes that would decide."""
     found = []
     for limit, bound in limits.items():
         what, below = JUDGED[limit]
-        value, interval, n = figure(result, limit)
+        value, interval, n = figure(result, limit, kind)
+        by_gpu = limit == "memory_budget_gb" and not on_cpu(result)
+        if by_gpu and kind == "gpu":
+            what = "memory held on the GPU, GB"
         over = "processes" if ((result.get("speed") or {}).get(limit) or {}).get("processes") else "samples"
         entry: dict[str, Any] = {
             "limit": limit,
@@ -40,7 +45,10 @@ def verdicts(result: dict[str, Any], limits: dict[str, float]) -> list[dict[str,
             "n_of": over,
         }
         if value is None:
-            entry |= {"verdict": INCONCLUSIVE, "why": "not measured", "n_needed": None}
+            unknown = (
+                "it ran on a GPU, which the profile has not" if by_gpu and kind == "cpu" else "not measured"
+            )
+            entry |= {"verdict": INCONCLUSIVE, "why": unknown, "n_needed": None}
         else:
             low, high = interval or (value, value)
             verdict = judge(low, high, bound, below)
@@ -87,10 +95,12 @@ def n_needed(value: float, low: float, high: float, bound: float, n: int | None)
     return max(n + 1, math.ceil(n * (reach / distance) ** 2))
 
 
-def figure(result: dict[str, Any], limit: str) -> tuple[float | None, tuple[float, float] | None, int | None]:
+def figure(
+    result: dict[str, Any], limit: str, kind: str | None = None
+) -> tuple[float | None, tuple[float, float] | None, int | None]:
     """(value, interval, n) of what a limit is about; None where it was not measured."""
     if limit == "memory_budget_gb":
-        peak = held_bytes(result)
+        peak = held_bytes(result, kind)
         return (peak / 1e9 if peak else None), None, None
     if limit == "watts":
         energy = result.get("energy") or {}

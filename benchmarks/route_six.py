@@ -210,7 +210,9 @@ def _within_cost(plan: Plan, gain: np.ndarray, at: np.ndarray) -> tuple[float, f
     )
     mean = total / len(at)
     upper = mean + COST_MARGIN * np.sqrt(np.maximum(squares / len(at) - mean**2, 0) / len(at))
-    k = int(np.flatnonzero(upper <= 0)[-1]) if (upper <= 0).any() else 0
+    if not (upper <= 0).any():
+        return -1.0, float("inf")  # its own models cost too much
+    k = int(np.flatnonzero(upper <= 0)[-1])
     right = plan.right[at].sum() + plan.gain[at][order][:k].sum()
     cut = np.inf if k == 0 else (gain[order][k - 1] + (gain[order][k] if k < len(at) else -9)) / 2
     return float(right / len(at)), float(cut)

@@ -117,7 +117,7 @@ MEMORY: dict[str, tuple[dict[str, float], dict[str, float]]] = {
     IMATRIX: ({"one": 2.8e8, "parameters": 5.0, "pass": 1.3}, {"one": 0.8e8, "stored": 0.6}),
     CONVERT_LORA: ({"one": 2.7e8, "parameters": 0.05}, {"one": 1.1e8}),
     QUANTIZE: ({"one": 0.05e8, "quantize": 1.0}, {"one": 0.75e8, "stored": 0.06}),
-    SMOOTHING: ({"one": 0.3e8, "batch": 6.0}, {"one": 0.3e8, "stored": 0.8}),
+    SMOOTHING: ({"one": 0.3e8, "batch": 10.5}, {"one": 0.3e8, "stored": 0.8}),
     ROUNDING: ({"one": 1.15e8, "batch": 25.0, "square": 25.0}, {"one": 0.9e8, "stored": 0.95}),
     "onnx:int8": ({"one": 4.3e8, "parameters": 5.9, "tied_table": 5.9}, {"one": 1.35e8, "stored": 1.0}),
     "onnx:int4": ({"one": 4.3e8, "parameters": 5.32}, {"one": 1.35e8, "stored": 1.0}),

@@ -114,6 +114,6 @@ def forget_all(work: Path) -> None:
     """Remove what steps handed to each other, after a run that ended well."""
     for left in (p for p in work.glob("made-*") if p.is_dir()):
         forget(left)
-    for left in (*work.glob("made-*"), *work.glob("source-*")):
+    for left in (*work.glob("made-*"), *work.glob("source-*"), *work.glob("smooth-*")):
         left.unlink()
     shutil.rmtree(work / "moments", ignore_errors=True)

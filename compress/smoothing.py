@@ -1,26 +1,32 @@
 """Channels evened out before quantizing: the same function, in weights and inputs that lose less when they are rounded.
 
 A factor s a channel is taken out of what writes it and put into what reads it: a norm's weight against the columns of q, k and v,
-of gate and up, of a head of its own; the rows of up against the columns of down, those of v against o's. s = x^a / w^(1-a) with
-x, w the root mean squares of the channel's inputs and of its column, which is SmoothQuant (arXiv 2211.10438) with mean squares for
-its maxima. llama.cpp's CPU kernels round a layer's inputs to 8 bits with a scale for 32 or 256 channels, so that a loud channel
-costs its neighbours their precision; what an importance matrix or error feedback chooses among the weights' levels does not see that.
+of gate and up; the rows of up against the columns of down, those of v against o's. What leaves the last norm stays: embeddings are
+read there. s = x^a / w^(1-a) with x, w the root mean squares of the channel's inputs and of its column, which is SmoothQuant (arXiv
+2211.10438) with mean squares for its maxima. llama.cpp's CPU kernels round a layer's inputs to 8 bits with a scale for 32 or 256
+channels, so that a loud channel costs its neighbours their precision; what an importance matrix or error feedback chooses among the
+weights' levels does not see that.
 
-Weights are rounded once more to the file's own float, a thousandth at most (bfloat16: a 256th) where 4 bits lose a tenth. Powers of two would
-round nothing, and left half of what is gained here undone.
+Weights are rounded once or twice more to the file's own float, by less than a thousandth (bfloat16: a 200th) where 4 bits lose a
+tenth. Powers of two would round nothing, and left half of what is gained here undone. The file is marked (KEY): a LoRA made for the
+plain model does not fit it.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFValueType
+
 from edgeft.compress.rounding import BATCH_ROWS
-from edgeft.errors import UsageError
+from edgeft.errors import EnvironmentFault
 
 STRENGTH = 0.5  # a: 0 evens out the weights alone, 1 the inputs alone
 MOST = 64.0  # factors are between 1/MOST and MOST
+KEY = "edgeft.smoothed"
 # Where these are all that reads a norm's output, and gates are multiplied in between up and down.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PARTS = (
@@ -35,16 +41,14 @@ def smooth(source: str, moments: str, target: str, factors: str) -> dict[str, An
     """Write the GGUF file `source` with evened channels as `target`, and the factors as `factors`. Runs in a child process.
 
     `moments`: a folder of `edgeft.compress.moments`; `factors`: an .npz of float32 [columns] by the name of the tensor that reads them.
-    Returns channels (how many have a factor) and tensors (changed). Raises UsageError where a weight would leave its float's range.
+    Returns channels (how many have a factor) and tensors (changed). Raises EnvironmentFault where a weight would leave its float's range.
     """
-    import shutil
-
     import numpy as np
 
     from edgeft.compress.moments import Moments
     from edgeft.gguf_file import Tensors
 
-    shutil.copyfile(source, target)
+    marked_copy(Path(source), Path(target))
     reader = Tensors(target, "r+")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     second, found = Moments(Path(moments)), {}
@@ -70,6 +74,25 @@ def smooth(source: str, moments: str, target: str, factors: str) -> dict[str, An
     return {"channels": channels, "tensors": len(changed | set(found))}
 
 
+def marked_copy(source: Path, target: Path) -> None:
+    """The file with KEY in its header, which a quantizer copies; all else byte for byte."""
+    import shutil
+
+    from edgeft.gguf_file import Tensors
+
+    reader = Tensors(source)
+    last = reader.tensors[-1].field
+    told = last.offset + sum(int(part.nbytes) for part in last.parts)  # where the header ends
+    mark = KEY.encode()
+    entry = struct.pack("<Q", len(mark)) + mark + struct.pack("<IB", GGUFValueType.BOOL, 1)
+    with source.open("rb") as old, target.open("wb") as new:
+        magic, version, tensors, entries = struct.unpack("<4sIQQ", old.read(24))
+        new.write(struct.pack("<4sIQQ", magic, version, tensors, entries + 1) + entry + old.read(told - 24))
+        new.write(bytes(-new.tell() % reader.alignment))
+        old.seek(reader.data_offset)
+        shutil.copyfileobj(old, new, 1 << 24)
+
+
 def applies(source: Path) -> bool:
     """Is the file's architecture one whose channels are known to be read and written by PARTS alone?"""
     from edgeft.gguf_file import Tensors
@@ -78,15 +101,12 @@ def applies(source: Path) -> bool:
 
 
 def pairs(tensors: dict[str, Any], known: dict[str, int]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(what writes channels, what reads them) of every block and of a head of its own, without `.weight`."""
-    found = [
-        (f"blk.{block}.{writer}", tuple(f"blk.{block}.{name}" for name in readers))
-        for block in range(known["block_count"])
-        for writer, readers in PARTS
-    ]
-    for writer, readers in [*found, ("output_norm", ("output",))]:
-        if all(f"{name}.weight" in tensors for name in (writer, *readers)):
-            yield writer, readers
+    """(what writes channels, what reads them) of every block that has them, without `.weight`."""
+    for block in range(known["block_count"]):
+        for part, parts in PARTS:
+            writer, readers = f"blk.{block}.{part}", tuple(f"blk.{block}.{name}" for name in parts)
+            if all(f"{name}.weight" in tensors for name in (writer, *readers)):
+                yield writer, readers
 
 
 def heads_of(writer: str, known: dict[str, int]) -> tuple[int, int]:
@@ -97,7 +117,7 @@ def heads_of(writer: str, known: dict[str, int]) -> tuple[int, int]:
 
 
 def factors_of(squares: Any, weights: list[Any], heads: tuple[int, int]) -> Any:
-    """s, float32 [columns], of geometric mean 1; one for all the readers of a written channel. `squares`: mean of x² [columns]."""
+    """s, float32 [columns], of geometric mean 1 before it is cut; one for all the readers of a written channel. `squares`: mean of x²."""
     import numpy as np
     from gguf import dequantize
 
@@ -133,9 +153,9 @@ def _scale(tensor: Any, by: Any) -> None:
         factors = by if by.ndim == 1 < tensor.data.ndim else by[part]
         data = quantize(dequantize(tensor.data[part], tensor.tensor_type) * factors, tensor.tensor_type)
         if not np.isfinite(dequantize(data, tensor.tensor_type)).all():
-            raise UsageError(
+            raise EnvironmentFault(
                 f"{tensor.name} leaves the range of {tensor.tensor_type.name} when its channels are evened out.",
-                "--to gguf:q4_k_m,smooth=false",
+                "edgeft compress … with ,smooth=false behind the format",
             )
         tensor.data[part] = data
 
@@ -157,7 +177,7 @@ def _known(reader: Any) -> dict[str, int]:
 
 
 class Factors:
-    """The factors of a file, read once: `of` gives those of a tensor's columns, or None."""
+    """The factors of a file, read once; what was collected of the plain model is turned into the smoothed one's."""
 
     def __init__(self, file: str | None) -> None:
         import numpy as np

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from edgeft.engines import GGUF
 from edgeft.errors import UsageError, unknown
 from edgeft.router.features import content_text
 from edgeft.router.reading import items_of, results_of
@@ -150,7 +151,8 @@ def _candidate(
         "id": name,
         "kind": result["kind"],
         "remote": is_remote(name, result["kind"]),
-        "engine": result.get("engine"),
+        # What it was measured with may be another build: what serves GGUF files is for edgeft.yaml to say.
+        "engine": "gguf" if result.get("engine") in GGUF else result.get("engine"),
         "path": _path(folder, result.get("path")),
         "artifact_sha256": result.get("artifact_sha256"),
         "price": result.get("price"),

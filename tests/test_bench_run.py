@@ -359,10 +359,9 @@ def test_options_chosen_with_one_engine_are_not_another_ones(tmp_path):
     run_profile.keep(tmp_path, {"engine": "llama_cpp", "options": {"threads": 3, "poll": 9}})
     assert run_profile.options_for(tmp_path, "llama_cpp") == {"threads": 3}
     assert run_profile.options_for(tmp_path, "gguf") == {}
-    run_profile.keep(
-        tmp_path, {"options": {"threads": 2}}
-    )  # as they were kept before engines were told apart
-    assert run_profile.options_for(tmp_path, "gguf") == {"threads": 2}
+    run_profile.keep(tmp_path, {"engine": "gguf", "options": {"threads": 2, "poll": 9}})
+    assert run_profile.options_for(tmp_path, "gguf") == {"threads": 2, "poll": 9}
+    assert run_profile.options_for(tmp_path, "llama_cpp") == {"threads": 3}
 
 
 def test_a_group_that_is_none_is_not_taken_for_one(tmp_path):

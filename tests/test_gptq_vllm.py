@@ -48,22 +48,16 @@ def test_what_vllm_would_refuse_is_seen(tmp_path, case, complaint):
     assert found["kernel"] is None and __import__("re").search(complaint, "; ".join(found["problems"]))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"dtype": "bfloat16"},
-        {"bits": 8, "desc_act": True, "shapes": {"qweight": (16, 32), "qzeros": (2, 8)}},
-    ],
-)
-def test_what_vllm_takes_has_a_kernel_and_is_not_called_loaded(tmp_path, case):
+def test_what_vllm_takes_has_a_kernel_and_is_not_called_loaded(tmp_path):
     from edgeft.compress.formats.gptq_vllm import check
 
-    assert check(checkpoint(tmp_path / "a", **case)) == {
-        "vllm": "0.26.0",
-        "kernel": "marlin",
-        "problems": [],
-        "loaded": False,
-    }
+    plain = check(checkpoint(tmp_path / "a", dtype="bfloat16"))
+    assert plain == {"vllm": "0.26.0", "kernel": "marlin", "problems": [], "loaded": False}
+    narrow = {"qweight": (16, 32), "qzeros": (2, 8)}
+    ordered = check(checkpoint(tmp_path / "b", narrow, dtype="bfloat16", bits=8, desc_act=True))
+    assert (ordered["kernel"], ordered["needs_dtype"]) == ("exllama", "--dtype float16")
+    wide = {"qweight": (16, 64), "qzeros": (4, 8), "scales": (4, 64), "g_idx": (128,)}
+    assert check(checkpoint(tmp_path / "c", wide, desc_act=True))["kernel"] == "marlin"
 
 
 def test_gptq_options_that_do_not_fit(tiny_models, tmp_path):

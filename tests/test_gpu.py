@@ -202,9 +202,17 @@ def test_a_model_on_a_gpu_is_held_against_memory_by_what_it_holds_there():
     on_cpu = {**on_gpu, "load": {"device": "cpu"}}
     card = {"id": "card", "kind": "gpu", "vram_gb": 4, "ram_gb": 64, "bandwidth_gb_per_s": 1000.0}
     board = {"id": "board", "kind": "soc", "ram_gb": 8, "bandwidth_gb_per_s": 10.0}
-    assert [roofline.predict(on_gpu, box)["fits"] for box in (card, board)] == [True, None]
-    assert [roofline.predict(on_cpu, box)["fits"] for box in (card, board)] == [False, False]
-    assert [verdict.figure(r, "memory_budget_gb")[0] for r in (on_gpu, on_cpu)] == [2.0, 9.0]
+    pc = {**board, "id": "pc", "kind": "cpu"}
+    assert [roofline.predict(on_gpu, box)["fits"] for box in (card, board, pc)] == [True, False, None]
+    assert [roofline.predict(on_cpu, box)["fits"] for box in (card, board, pc)] == [False, False, False]
+
+    def judged(result, kind):
+        (found,) = verdict.verdicts(result, {"memory_budget_gb": 6.0}, kind)
+        return found["verdict"], found["value"], found["why"]
+
+    assert judged(on_gpu, "gpu") == ("PASS", 2.0, None) and judged(on_cpu, "cpu") == ("FAIL", 9.0, None)
+    assert judged(on_gpu, "soc") == ("FAIL", 9.0, None)
+    assert judged(on_gpu, "cpu") == ("INCONCLUSIVE", None, "it ran on a GPU, which the profile has not")
 
 
 def test_the_host_memory_of_a_torch_with_a_gpu_is_counted_beforehand(driver, monkeypatch):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from edgeft.compress import Recipe, compress
-from edgeft.errors import UsageError
+from edgeft.engines.gguf import files_of
+from edgeft.errors import EnvironmentFault, UsageError
 from tests.conftest import DESK
 from tests.test_formats_tiny import IDS, logits_of, rms, torch_logits, worst
 
@@ -49,7 +50,13 @@ def test_the_function_stays(kind, tiny_models, tmp_path):
     before, after = ({t.name: t for t in Tensors(file).tensors} for file in (source, target))
     known = smoothing.Factors(str(factors)).known
     assert {"blk.1.attn_k.weight", "blk.0.ffn_down.weight", "blk.1.attn_output.weight"} < set(known)
-    assert ("output.weight" in known) is (kind == "qwen3") and "token_embd.weight" not in known
+    assert not {"output.weight", "token_embd.weight"} & set(known), (
+        "what leaves the last norm is read as it is"
+    )
+    assert (
+        not Tensors(source).fields.get(smoothing.KEY)
+        and Tensors(target).fields[smoothing.KEY].contents() is True
+    )
     for name, s in known.items():
         assert 1 / smoothing.MOST <= s.min() < 0.5 < 2 < s.max() <= smoothing.MOST
         if not name.endswith(("attn_v.weight", "ffn_up.weight")):  # whose rows are scaled too
@@ -67,7 +74,7 @@ def test_a_weight_that_leaves_its_floats_range_ends_it():
     smoothing._scale(Tensor, np.array([0.5, 4.0], dtype=np.float32))
     np.testing.assert_array_equal(Tensor.data[1], [1.0, 12.0])
     Tensor.data[0, 1] = 60000
-    with np.errstate(over="ignore"), pytest.raises(UsageError, match="leaves the range of F16"):
+    with np.errstate(over="ignore"), pytest.raises(EnvironmentFault, match="leaves the range of F16"):
         smoothing._scale(Tensor, np.array([1.0, 4.0], dtype=np.float32))
 
 
@@ -93,6 +100,11 @@ def test_loud_channels_cost_less(tiny_models, tmp_path):
     _, smooth, plain = compress(folder, None, recipe)
     assert (smooth.recipe["smooth"], plain.recipe["smooth"]) == (True, False)
     assert (smooth.size_bytes, smooth.tensor_types) == (plain.size_bytes, plain.tensor_types)
+    assert smooth.checks["smooth"]["channels"] > 2000 and "smooth" not in plain.checks
+    assert not list((tmp_path / "dist" / ".work").glob("smooth-*"))
+    file = next((tmp_path / "dist" / smooth.id).glob("*.gguf"))
+    with pytest.raises(UsageError, match="an adapter made for the plain model does not fit"):
+        files_of(file.parent, {"adapters": {"a": str(file)}})
     lost = [
         rms(logits_of("gguf", tmp_path / "dist" / a.id, tmp_path / f"{a.id}.log"), wanted)
         for a in (smooth, plain)
@@ -104,6 +116,6 @@ def test_smoothing_without_feedback_is_refused(tiny_models, tmp_path):
     recipe = Recipe(
         out=tmp_path / "dist", formats=("gguf:q4_k_m,rounding=nearest,smooth=true",), calibration=DESK / "calibrate.jsonl",
     )  # fmt: skip
-    with pytest.raises(UsageError, match="goes with error feedback"):
+    with pytest.raises(UsageError, match="with edgeft's error feedback alone"):
         compress(tiny_models["llama"], None, recipe)
     assert not (tmp_path / "dist").exists()

@@ -105,6 +105,8 @@ def needs_rows(spec: Spec) -> str | None:
         return "rows, which auto-round fits its scales on"
     if spec.options.get("rounding") == "feedback":
         return "rows for its error feedback"
+    if spec.options.get("smooth"):
+        return "rows, which say how loud its channels are"
     needed: str | None = module_of(spec.format).NEEDS_ROWS.get(spec.variant)
     return needed
 

@@ -22,6 +22,7 @@ from edgeft.compress.formats.gguf_types import (
     read_types,
     refuse_unmatched,
 )
+from edgeft.compress.grid import SAME_BLOCKS, grid_of
 from edgeft.errors import EnvironmentFault, UsageError
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -57,8 +58,11 @@ def refuse(spec: Any, base: Path, plan: Any) -> None:
             f"gguf:{spec.variant} is written by the converter, which has no {sorted(refused)[0]}.",
             "--to gguf:q4_k_m,… (any quantized type)",
         )
-    if spec.options.get("smooth") and spec.options.get("rounding") == "nearest":
-        raise UsageError("smoothing goes with error feedback.", "smooth=true without rounding=nearest")
+    if spec.options.get("smooth") and {"rounding", "method"} & set(spec.options):
+        raise UsageError(
+            f"{spec}: channels are evened out with edgeft's error feedback alone.",
+            f"--to gguf:{spec.variant},smooth=true",
+        )
 
 
 def settings(job: Any) -> dict[str, Any]:
@@ -98,12 +102,14 @@ def rounding_of(job: Any) -> str:
 
 
 def smoothing_of(job: Any) -> bool:
-    """Are channels evened out? As asked, else with error feedback."""
-    return rounding_of(job) == "feedback" and bool(job.options.get("smooth", True))
+    """Are channels evened out? As asked; else with error feedback, but not where the base sits on the very grid that is asked for."""
+    if rounding_of(job) != "feedback" or "smooth" in job.options:
+        return bool(job.options.get("smooth"))
+    return not (job.variant in SAME_BLOCKS and grid_of(job.base or job.merged))
 
 
-def build(job: Any) -> dict[str, float]:
-    """Write the GGUF file, or its parts; returns wall_s and peak_rss_bytes."""
+def build(job: Any) -> dict[str, Any]:
+    """Write the GGUF file, or its parts; returns wall_s, peak_rss_bytes and checks (channels evened out)."""
     spent = _build(job)
     if size := job.options.get("split_max_size"):
         cut = child.call(
@@ -114,13 +120,14 @@ def build(job: Any) -> dict[str, float]:
             max_bytes=gguf_split.size_bytes(size),
         )
         spent = {
+            **spent,
             "wall_s": spent["wall_s"] + cut["wall_s"],
             "peak_rss_bytes": max(spent["peak_rss_bytes"], cut["peak_rss_bytes"]),
         }
     return spent
 
 
-def _build(job: Any) -> dict[str, float]:
+def _build(job: Any) -> dict[str, Any]:
     target = job.out / f"{job.model_name}-{job.variant}.gguf"
     if job.options.get("method") == autoround.METHOD:
         name = f"gguf:{autoround.SCHEMES.get(job.variant, job.variant)}"
@@ -173,7 +180,16 @@ def _build(job: Any) -> dict[str, float]:
     return {
         "wall_s": sum(step["wall_s"] for step in steps),
         "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
+        **({"checks": {"smooth": evened(factors)}} if moments and smoothing_of(job) else {}),
     }
+
+
+def evened(factors: Path | None) -> dict[str, int]:
+    """How many channels were evened out, and in how many tensors they are read."""
+    from edgeft.compress.smoothing import Factors
+
+    known = Factors(str(factors) if factors else None).known
+    return {"channels": sum(map(len, known.values())), "tensors": len(known)}
 
 
 def seen_by_layers(job: Any, source: Path, with_moments: bool) -> tuple[Path, Path | None, dict[str, Any]]:
@@ -209,12 +225,16 @@ def seen_by_layers(job: Any, source: Path, with_moments: bool) -> tuple[Path, Pa
 def smoothed(job: Any, source: Path, moments: Path) -> tuple[Path, Path | None, dict[str, Any]]:
     """(the source with evened channels, their factors, cost); the source itself where its architecture is not known for it."""
     from edgeft.compress import smoothing
+    from edgeft.compress.card import front_matter_sha256
     from edgeft.compress.moments import made_of
     from edgeft.files import publish, sha256_json
 
     if not smoothing.applies(source):
+        console.note("  channels are not evened out: how this architecture reads them is not known")
         return source, None, {}
-    key = sha256_json([made_of(moments), source.name, job.model_name])[:16]
+    card = front_matter_sha256(job.merged)
+    how = [smoothing.STRENGTH, smoothing.MOST, smoothing.PARTS]
+    key = sha256_json([made_of(moments), source.name, card, job.model_name, how])[:16]
     file, factors = job.work / f"smooth-{key}.gguf", job.work / f"smooth-{key}.npz"
     if file.exists() and factors.exists():
         return file, factors, {}

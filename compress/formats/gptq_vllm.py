@@ -4,6 +4,7 @@ The rules are those of vLLM 0.26.0's own source (github.com/vllm-project/vllm, A
 - model_executor/layers/quantization/auto_gptq.py: `AutoGPTQConfig.from_config` needs bits, group_size, desc_act and sym, and
   knows lm_head, dynamic and modules_in_block_to_quantize; TYPE_MAP has (4, symmetric) and (8, symmetric) alone.
 - …/utils/marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES is -1, 32, 64, 128.
+- model_executor/kernels/linear/mixed_precision: Marlin fills widths up, but not with act order, which leaves Exllama: float16 alone.
 On an H100 it loaded a 4-bit checkpoint and refused one of 3 bits, as these rules say (docs/hardware-runs). Releases before had a
 slower kernel for 2, 3, 4 and 8 bits, symmetric or not.
 """
@@ -16,16 +17,21 @@ from typing import Any
 VLLM = "0.26.0"
 BITS = (4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
+TILE = (128, 64)  # inputs and outputs
 FORMATS = ("", "gptq", "gptq_v2")
 KINDS = {"bits": int, "group_size": int, "desc_act": bool, "sym": bool}
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """{"vllm": whose rules, "kernel": marlin or None, "problems": […], "loaded": False} of a checkpoint's folder."""
+    """{"vllm": whose rules, "kernel": marlin, exllama or None, "problems": […], "loaded": False} of a checkpoint's folder.
+
+    `needs_dtype` is there where config.json has another than the kernel computes in.
+    """
     from edgeft.compress.adapter import header_of
     from edgeft.files import read_json
 
-    config = read_json(folder / "config.json").get("quantization_config") or {}
+    model = read_json(folder / "config.json")
+    config = model.get("quantization_config") or {}
     problems = _config_problems(config)
     own = folder / "quantize_config.json"
     if own.is_file():
@@ -35,15 +41,25 @@ def check(folder: Path) -> dict[str, Any]:
             for key in KINDS
             if config.get(key) != other.get(key)
         ]
-    if not problems:
-        shapes = {k: v["shape"] for file in folder.glob("*.safetensors") for k, v in header_of(file).items()}
-        problems = _shape_problems(config, shapes)
-    return {
-        "vllm": VLLM,
-        "kernel": None if problems else "marlin",
-        "problems": problems,
-        "loaded": False,
-    }
+    if problems:
+        return {"vllm": VLLM, "kernel": None, "problems": problems, "loaded": False}
+    shapes = {k: v["shape"] for file in folder.glob("*.safetensors") for k, v in header_of(file).items()}
+    problems = _shape_problems(config, shapes)
+    kernel = None if problems else _kernel(config, shapes)
+    found = {"vllm": VLLM, "kernel": kernel, "problems": problems, "loaded": False}
+    if kernel == "exllama" and model.get("dtype") != "float16":
+        found["needs_dtype"] = "--dtype float16"
+    return found
+
+
+def _kernel(config: dict[str, Any], shapes: dict[str, list[int]]) -> str:
+    """marlin, or exllama where act order meets widths that Marlin's tiles do not divide."""
+    ordered = config["desc_act"] and config["group_size"] != -1
+    packed = [shape for name, shape in shapes.items() if name.endswith(".qweight")]
+    fits = all(
+        rows * 32 // config["bits"] % TILE[0] == 0 and outputs % TILE[1] == 0 for rows, outputs in packed
+    )
+    return "marlin" if fits or not ordered else "exllama"
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:

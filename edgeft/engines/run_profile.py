@@ -38,8 +38,8 @@ def options_for(folder: Path, engine: str) -> dict[str, Any]:
 
     A draft's path is kept relative to the artefact; where the draft is gone, so is the option.
     """
-    kept = read(folder)["boxes"].get(this_box()) if (folder / FILE).is_file() else None
-    if not kept or kept.get("engine", engine) != engine:
+    kept = read(folder)["boxes"].get(_key(engine)) if (folder / FILE).is_file() else None
+    if not kept:
         return {}
     options = {key: value for key, value in kept["options"].items() if key in KNOWN.get(engine, ())}
     if "draft" in options:
@@ -48,6 +48,11 @@ def options_for(folder: Path, engine: str) -> dict[str, Any]:
         if not draft.is_file():
             return {k: v for k, v in options.items() if k not in ("draft", "draft_tokens", "speculative")}
     return options
+
+
+def _key(engine: str | None) -> str:
+    """What a box's options stand under; engines beside an artefact's own have a name of their own."""
+    return f"{this_box()} {engine}" if engine in ("llama_cpp", "llama_server") else this_box()
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -79,5 +84,5 @@ def keep(folder: Path, found: dict[str, Any]) -> None:
         import os
 
         options["draft"] = os.path.relpath(options["draft"], folder.resolve())
-    value["boxes"][this_box()] = {**found, "options": options}
+    value["boxes"][_key(found.get("engine"))] = {**found, "options": options}
     write_json(folder / FILE, value)
