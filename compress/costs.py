@@ -304,7 +304,7 @@ def _names(spec: Spec, shape: Shape) -> list[str]:
         return [CONVERT_LORA]
     if spec.format == "gguf":
         feedback = shape.tokens and spec.options.get("rounding") != "nearest"
-        smooth = [SMOOTHING] if feedback and spec.options.get("smooth", True) else []
+        smooth = [SMOOTHING] if spec.options.get("smooth") else []
         quantize = [
             *([IMATRIX] if shape.tokens else []), *smooth, QUANTIZE, *([ROUNDING] if feedback else []),
         ]  # fmt: skip
@@ -346,8 +346,9 @@ def scratch_bytes(spec: Spec, shape: Shape) -> int:
     if spec.format != "gguf" or spec.variant in CONVERTED:
         return 0
     feedback = shape.tokens and spec.options.get("rounding") != "nearest"
-    smooth = feedback and spec.options.get("smooth", True)
-    return shape.stored_bytes * (2 if smooth else 1) + (shape.moment_bytes if feedback else 0)
+    return shape.stored_bytes * (2 if spec.options.get("smooth") else 1) + (
+        shape.moment_bytes if feedback else 0
+    )
 
 
 def probe(folder: Path) -> Box:

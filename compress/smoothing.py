@@ -155,7 +155,7 @@ def _scale(tensor: Any, by: Any) -> None:
         if not np.isfinite(dequantize(data, tensor.tensor_type)).all():
             raise EnvironmentFault(
                 f"{tensor.name} leaves the range of {tensor.tensor_type.name} when its channels are evened out.",
-                "edgeft compress … with ,smooth=false behind the format",
+                "edgeft compress … without smooth=true",
             )
         tensor.data[part] = data
 

@@ -105,7 +105,7 @@ def rounded(tiny_models, tiny_adapters, tmp_path_factory):
     out = tmp_path_factory.mktemp("rounded")
     asked = (
         "gguf:q4_k_m,rounding=nearest",
-        "gguf:q4_k_m,smooth=false",
+        "gguf:q4_k_m",
         "gguf:q4_k_m,ffn_down=q8_0,attn_v=iq4_xs",
     )
     recipe = Recipe(

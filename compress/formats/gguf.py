@@ -1,8 +1,8 @@
 """GGUF: f32, f16, bf16 and q8_0 by upstream's converter, K and IQ types by `llama_model_quantize`.
 
 With calibration rows the quantizer weighs columns by an importance matrix computed on them, which is kept as
-`dist/imatrix.gguf`. Channels are evened out beforehand (`edgeft.compress.smoothing`), and the codes are then chosen again with error
-feedback (`edgeft.compress.rounding`): types and size stay llama.cpp's.
+`dist/imatrix.gguf`, and the codes are then chosen again with error feedback (`edgeft.compress.rounding`): types, scales and size stay
+llama.cpp's. With `smooth=true` channels are evened out beforehand (`edgeft.compress.smoothing`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from edgeft.compress.formats.gguf_types import (
     read_types,
     refuse_unmatched,
 )
-from edgeft.compress.grid import SAME_BLOCKS, grid_of
 from edgeft.errors import EnvironmentFault, UsageError
 
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -58,7 +57,7 @@ def refuse(spec: Any, base: Path, plan: Any) -> None:
             f"gguf:{spec.variant} is written by the converter, which has no {sorted(refused)[0]}.",
             "--to gguf:q4_k_m,… (any quantized type)",
         )
-    if spec.options.get("smooth") and {"rounding", "method"} & set(spec.options):
+    if spec.options.get("smooth") and (spec.options.get("rounding") == "nearest" or "method" in spec.options):
         raise UsageError(
             f"{spec}: channels are evened out with edgeft's error feedback alone.",
             f"--to gguf:{spec.variant},smooth=true",
@@ -91,7 +90,6 @@ def settings(job: Any) -> dict[str, Any]:
         **found,
         "imatrix": "mean squared inputs",
         "rounding": rounding,
-        "smooth": smoothing_of(job),
         "calibration_sha256": sha256_file(job.calibration),
     }
 
@@ -102,10 +100,8 @@ def rounding_of(job: Any) -> str:
 
 
 def smoothing_of(job: Any) -> bool:
-    """Are channels evened out? As asked; else with error feedback, but not where the base sits on the very grid that is asked for."""
-    if rounding_of(job) != "feedback" or "smooth" in job.options:
-        return bool(job.options.get("smooth"))
-    return not (job.variant in SAME_BLOCKS and grid_of(job.base or job.merged))
+    """Are channels evened out? Where it is asked for: it mends loud channels and costs a little where there are none."""
+    return bool(job.options.get("smooth"))
 
 
 def build(job: Any) -> dict[str, Any]:
