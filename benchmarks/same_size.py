@@ -118,7 +118,8 @@ def made(work: Path, base: Path, adapter: Path, rows: Path, options: argparse.Na
         "--out",
         plain,
     )
-    asked = [w for v in VARIANTS for w in ("--to", f"gguf:{v}", "--to", f"gguf:{v},rounding=nearest")]
+    ways = ("", ",smooth=true", ",rounding=nearest")
+    asked = [w for v in VARIANTS for way in ways for w in ("--to", f"gguf:{v}{way}")]
     run("compress", *common, *calibrated, *asked, "--out", ours)
     found = {"f16": plain / "gguf-f16"}
     for v in VARIANTS:
@@ -127,6 +128,7 @@ def made(work: Path, base: Path, adapter: Path, rows: Path, options: argparse.Na
             f"{v} plain": plain / f"gguf-{v}",
             f"{v} imatrix": nearest,
             f"{v} edgeft": ours / f"gguf-{v}",
+            f"{v} edgeft smooth": ours / f"gguf-{v}+smooth=True",
         }
     for iters in options.auto_round:
         spec = f"gguf:q4_k_m,method=auto-round,iters={iters}"
@@ -148,10 +150,11 @@ def ratios(figures: dict[str, Any]) -> dict[str, float]:
         pairs[f"{v}: edgeft / plain"] = (f"{v} edgeft", f"{v} plain")
         pairs[f"{v}: --fit / imatrix"] = (f"{v} --fit", f"{v} imatrix")
     for iters in (0, 200):
-        pairs[f"q4_k_m: edgeft / auto-round iters={iters}"] = (
-            "q4_k_m edgeft",
-            f"q4_k_m auto-round iters={iters}",
-        )
+        for ours in ("edgeft", "edgeft smooth"):
+            pairs[f"q4_k_m: {ours} / auto-round iters={iters}"] = (
+                f"q4_k_m {ours}",
+                f"q4_k_m auto-round iters={iters}",
+            )
     return {
         f"{name}, {text}": round(figures[a][text]["kld_mean"] / figures[b][text]["kld_mean"], 3)
         for name, (a, b) in pairs.items()
