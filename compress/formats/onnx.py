@@ -6,6 +6,7 @@ multiplies (`accuracy_level`) is chosen by measuring: see onnx_accuracy.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,9 @@ def build(job: Any) -> dict[str, Any]:
     command += ["-p", job.variant, "-e", where, "-c", str(job.work / "onnx-cache")]
     if options := extra_options(job.spec, _tied(job)):
         command += ["--extra_options", *options]
-    steps = [
-        child.run(command, log=job.log, title="onnxruntime-genai's builder", env={"HF_HUB_OFFLINE": "1"})
-    ]
+    # Else the builder writes the commit of whatever repository its package lies in, as a .venv does, into the model.
+    env = {"HF_HUB_OFFLINE": "1", "GIT_DIR": os.devnull}
+    steps = [child.run(command, log=job.log, title="onnxruntime-genai's builder", env=env)]
     choices: dict[str, Any] = {}
     if job.variant in BLOCKWISE:
         if where == "cpu":
