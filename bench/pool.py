@@ -16,17 +16,10 @@ from typing import Any
 from edgeft.bench.callers import Caller, caller
 from edgeft.bench.targets import Target
 from edgeft.engines.local import LocalModel
+from edgeft.engines.memory import FIXED_BYTES
 from edgeft.errors import EnvironmentFault
 
 GB = 1_000_000_000
-# What an engine takes beside its weights, anonymous: imports, buffers, the context's keys and values.
-FIXED_BYTES = {
-    "gguf": 0.2 * GB,
-    "llama_server": 0.2 * GB,
-    "llama_cpp": 0.2 * GB,
-    "onnx": 0.25 * GB,
-    "transformers": 0.9 * GB,
-}
 
 
 @dataclass

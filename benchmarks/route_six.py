@@ -30,9 +30,8 @@ PRICES = {  # in, out
 }  # fmt: skip
 BUDGET_SHARE = 0.12
 COST_SHARE = 0.15  # of what gpt-4o alone costs, may be spent
-COST_MARGIN = (
-    0.5  # standard errors of the mean cost, kept off it; tried: none (.9986 at .152), 1.28 (.9949 at .127)
-)
+# Standard errors of the mean cost that are kept off it. Tried too: none (.9986 at .152) and 1.28 (.9949 at .127).
+COST_MARGIN = 0.5
 SHARE_DELTA = 0.1  # chance that the escalated share of new rows is over the budget
 LANDMARKS = 150
 

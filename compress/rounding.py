@@ -36,7 +36,7 @@ def recode(
     torch.set_num_threads(threads)
     weights = {t.name: t for t in Tensors(source).tensors}
     reader = Tensors(target, "r+")
-    second, smoothed = Moments(Path(moments)), Factors(factors)
+    second, smoothed = Moments(Path(moments)), Factors(Path(factors) if factors else None)
     tied = "output.weight" not in weights
     parameters = changed = tensors = 0
     before = after = 0.0

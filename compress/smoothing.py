@@ -21,12 +21,13 @@ from typing import Any
 
 from gguf import GGUFValueType
 
+from edgeft import child, console
 from edgeft.compress.rounding import BATCH_ROWS
+from edgeft.engines.memory import SMOOTHED as KEY
 from edgeft.errors import EnvironmentFault
 
 STRENGTH = 0.5  # a: 0 evens out the weights alone, 1 the inputs alone
 MOST = 64.0  # factors are between 1/MOST and MOST
-KEY = "edgeft.smoothed"
 # Where these are all that reads a norm's output, and gates are multiplied in between up and down.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PARTS = (
@@ -37,11 +38,35 @@ PARTS = (
 )
 
 
+def smoothed(job: Any, source: Path, moments: Path) -> tuple[Path, Path | None, dict[str, Any]]:
+    """(the source with evened channels, their factors, cost) in a job's `work`; the source itself where its architecture is not known for it."""
+    from edgeft.compress.card import front_matter_sha256
+    from edgeft.compress.moments import made_of
+    from edgeft.files import publish, sha256_json
+
+    if not applies(source):
+        console.note("  channels are not evened out: how this architecture reads them is not known")
+        return source, None, {}
+    card = front_matter_sha256(job.merged)
+    key = sha256_json([made_of(moments), source.name, card, job.model_name, STRENGTH, MOST, PARTS])[:16]
+    file, factors = job.work / f"smooth-{key}.gguf", job.work / f"smooth-{key}.npz"
+    if file.exists() and factors.exists():
+        return file, factors, {}
+    partial, partial_factors = file.with_suffix(".gguf.part"), factors.with_suffix(".npz.part")
+    spent = child.call(
+        "edgeft.compress.smoothing:smooth", log=job.log, title="evening out channels", source=str(source),
+        moments=str(moments), target=str(partial), factors=str(partial_factors),
+    )  # fmt: skip
+    publish(partial_factors, factors)
+    publish(partial, file)
+    return file, factors, spent
+
+
 def smooth(source: str, moments: str, target: str, factors: str) -> dict[str, Any]:
     """Write the GGUF file `source` with evened channels as `target`, and the factors as `factors`. Runs in a child process.
 
     `moments`: a folder of `edgeft.compress.moments`; `factors`: an .npz of float32 [columns] by the name of the tensor that reads them.
-    Returns channels (how many have a factor) and tensors (changed). Raises EnvironmentFault where a weight would leave its float's range.
+    Returns what `Factors.counts` says. Raises EnvironmentFault where a weight would leave its float's range.
     """
     import numpy as np
 
@@ -51,27 +76,24 @@ def smooth(source: str, moments: str, target: str, factors: str) -> dict[str, An
     marked_copy(Path(source), Path(target))
     reader = Tensors(target, "r+")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    second, found = Moments(Path(moments)), {}
-    changed, channels = set(), 0
-    for writer, readers in pairs(tensors, _known(reader)):
+    second, known, found = Moments(Path(moments)), _known(reader), {}
+    for writer, readers in pairs(tensors, known):
         if not all(f"{name}.weight" in second for name in readers):
             continue
-        weights = [tensors[f"{name}.weight"] for name in readers]
-        s = factors_of(second.diagonal(weights[0].name), weights, heads_of(writer, _known(reader)))
-        channels += len(s)
+        weights, heads = [tensors[f"{name}.weight"] for name in readers], heads_of(writer, known)
+        s = factors_of(second.diagonal(weights[0].name), weights, heads)
         for tensor in weights:
             _scale(tensor, s)
             found[tensor.name] = s
-        written = 1 / written_by(s, heads_of(writer, _known(reader)))
+        written = 1 / written_by(s, heads)
         for name in (f"{writer}.weight", f"{writer}.bias"):
             if name in tensors:
                 rows = written[:, None] if tensors[name].data.ndim > 1 else written
                 _scale(tensors[name], rows)
-                changed.add(name)
     reader.data.flush()
     with Path(factors).open("wb") as file:
         np.savez(file, **found)
-    return {"channels": channels, "tensors": len(changed | set(found))}
+    return Factors(Path(factors)).counts()
 
 
 def marked_copy(source: Path, target: Path) -> None:
@@ -179,13 +201,17 @@ def _known(reader: Any) -> dict[str, int]:
 class Factors:
     """The factors of a file, read once; what was collected of the plain model is turned into the smoothed one's."""
 
-    def __init__(self, file: str | None) -> None:
+    def __init__(self, file: Path | None) -> None:
         import numpy as np
 
         self.known: dict[str, Any] = {}
         if file:
             with np.load(file) as found:
                 self.known = {name: found[name] for name in found.files}
+
+    def counts(self) -> dict[str, int]:
+        """How many channels have a factor, and how many tensors read them."""
+        return {"channels": sum(map(len, self.known.values())), "tensors": len(self.known)}
 
     def squares(self, name: str, values: Any) -> Any:
         """Mean squared inputs [columns] of the smoothed model, from the plain one's."""

@@ -99,11 +99,6 @@ def rounding_of(job: Any) -> str:
     return job.options.get("rounding") or ("feedback" if job.calibration else "nearest")
 
 
-def smoothing_of(job: Any) -> bool:
-    """Are channels evened out? Where it is asked for: it mends loud channels and costs a little where there are none."""
-    return bool(job.options.get("smooth"))
-
-
 def build(job: Any) -> dict[str, Any]:
     """Write the GGUF file, or its parts; returns wall_s, peak_rss_bytes and checks (channels evened out)."""
     spent = _build(job)
@@ -124,6 +119,8 @@ def build(job: Any) -> dict[str, Any]:
 
 
 def _build(job: Any) -> dict[str, Any]:
+    from edgeft.compress import smoothing
+
     target = job.out / f"{job.model_name}-{job.variant}.gguf"
     if job.options.get("method") == autoround.METHOD:
         name = f"gguf:{autoround.SCHEMES.get(job.variant, job.variant)}"
@@ -142,10 +139,11 @@ def _build(job: Any) -> dict[str, Any]:
     if job.calibration:
         imatrix, moments, spent = seen_by_layers(job, source, with_moments=rounding_of(job) == "feedback")
         steps += [spent] if spent else []
-    factors = None
-    if moments and smoothing_of(job):
-        source, factors, spent = smoothed(job, source, moments)
+    factors, checks = None, {}
+    if moments and job.options.get("smooth"):
+        source, factors, spent = smoothing.smoothed(job, source, moments)
         steps += [spent] if spent else []
+        checks["smooth"] = smoothing.Factors(factors).counts()
     steps.append(
         child.call(
             "edgeft.compress.formats.gguf:quantize",
@@ -176,16 +174,8 @@ def _build(job: Any) -> dict[str, Any]:
     return {
         "wall_s": sum(step["wall_s"] for step in steps),
         "peak_rss_bytes": max(step["peak_rss_bytes"] for step in steps),
-        **({"checks": {"smooth": evened(factors)}} if moments and smoothing_of(job) else {}),
+        "checks": checks,
     }
-
-
-def evened(factors: Path | None) -> dict[str, int]:
-    """How many channels were evened out, and in how many tensors they are read."""
-    from edgeft.compress.smoothing import Factors
-
-    known = Factors(str(factors) if factors else None).known
-    return {"channels": sum(map(len, known.values())), "tensors": len(known)}
 
 
 def seen_by_layers(job: Any, source: Path, with_moments: bool) -> tuple[Path, Path | None, dict[str, Any]]:
@@ -216,37 +206,6 @@ def seen_by_layers(job: Any, source: Path, with_moments: bool) -> tuple[Path, Pa
             f"  no importance for {len(spent['unnamed'])} layers that GGUF has no name for ({spent['unnamed'][0]}, …)"
         )
     return matrix, folder if with_moments else None, spent
-
-
-def smoothed(job: Any, source: Path, moments: Path) -> tuple[Path, Path | None, dict[str, Any]]:
-    """(the source with evened channels, their factors, cost); the source itself where its architecture is not known for it."""
-    from edgeft.compress import smoothing
-    from edgeft.compress.card import front_matter_sha256
-    from edgeft.compress.moments import made_of
-    from edgeft.files import publish, sha256_json
-
-    if not smoothing.applies(source):
-        console.note("  channels are not evened out: how this architecture reads them is not known")
-        return source, None, {}
-    card = front_matter_sha256(job.merged)
-    how = [smoothing.STRENGTH, smoothing.MOST, smoothing.PARTS]
-    key = sha256_json([made_of(moments), source.name, card, job.model_name, how])[:16]
-    file, factors = job.work / f"smooth-{key}.gguf", job.work / f"smooth-{key}.npz"
-    if file.exists() and factors.exists():
-        return file, factors, {}
-    partial, partial_factors = file.with_suffix(".gguf.part"), factors.with_suffix(".npz.part")
-    spent = child.call(
-        "edgeft.compress.smoothing:smooth",
-        log=job.log,
-        title="evening out channels",
-        source=str(source),
-        moments=str(moments),
-        target=str(partial),
-        factors=str(partial_factors),
-    )
-    publish(partial_factors, factors)
-    publish(partial, file)
-    return file, factors, spent
 
 
 def unquantized(job: Any) -> tuple[Path, dict[str, float]]:
@@ -305,9 +264,8 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize a GGUF file, columns weighed by an importance matrix where there is one. Runs in a child process.
 
-    `factors`: by which `source` was smoothed after the matrix was collected.
-
     `types`: [regular expression over tensor names, type] in the order of being tried; the variant decides the rest.
+    `factors`: by which `source` was smoothed after the matrix was collected.
     """
     import llama_cpp
     from gguf import GGMLQuantizationType
@@ -320,7 +278,7 @@ def quantize(
         from edgeft.compress.imatrix import read
         from edgeft.compress.smoothing import Factors
 
-        known = Factors(factors)
+        known = Factors(Path(factors) if factors else None)
         weighed = [
             (name, known.squares(name, values)) for name, values in sorted(read(Path(imatrix)).items())
         ]

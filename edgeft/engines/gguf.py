@@ -13,7 +13,7 @@ from typing import Any
 
 from edgeft.device import gpu_layers
 from edgeft.engines import micro_batch
-from edgeft.engines.memory import gguf_facts
+from edgeft.engines.memory import SMOOTHED, gguf_facts
 from edgeft.errors import UsageError
 
 REQUIRES = {"xllamacpp": "gguf"}
@@ -67,7 +67,7 @@ def files_of(folder: Path, options: dict[str, Any]) -> tuple[Path, list[tuple[Pa
                     f"the adapter '{name}' is for {base.name}, not for {model.name}.",
                     "edgeft compress … --to gguf-lora:…",
                 )
-    if (own or named) and gguf_facts(model).get("edgeft.smoothed"):
+    if (own or named) and gguf_facts(model).get(SMOOTHED):
         raise UsageError(
             f"{model.name} has evened channels: an adapter made for the plain model does not fit it.",
             "edgeft compress BASE --adapter … --to gguf-lora:f16 (writes the base beside it)",

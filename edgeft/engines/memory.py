@@ -14,6 +14,7 @@ MB = 1_000_000
 FIXED_BYTES = {
     "gguf": 200 * MB, "llama_server": 150 * MB, "llama_cpp": 200 * MB, "onnx": 250 * MB, "transformers": 900 * MB,
 }  # fmt: skip
+SMOOTHED = "edgeft.smoothed"  # in a GGUF file's header: its channels were evened out, so that adapters of the plain model do not fit
 ASSUMED_KV_BYTES = 64 << 10  # a token, where neither the file nor config.json says the shape
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from edgeft.engines import GGUF
+
 FILE = "run-profile.json"
 SCHEMA = "edgeft/run-profile@1"
 # What an engine may be told, and what stands for it. `cores`: the CPUs that it is bound to.
@@ -52,7 +54,7 @@ def options_for(folder: Path, engine: str) -> dict[str, Any]:
 
 def _key(engine: str | None) -> str:
     """What a box's options stand under; engines beside an artefact's own have a name of their own."""
-    return f"{this_box()} {engine}" if engine in ("llama_cpp", "llama_server") else this_box()
+    return f"{this_box()} {engine}" if engine in GGUF and engine != "gguf" else this_box()
 
 
 def read(folder: Path) -> dict[str, Any]:
