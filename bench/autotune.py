@@ -1,6 +1,7 @@
 """Which options run an artefact fastest on this box: a search within a budget, confirmed on rows it did not choose by.
 
-One knob after the other: each value is asked in turns with the best so far, and taken where it saves time beyond doubt.
+One knob after the other: each value is asked in turns with the best so far, and taken where it saves time beyond doubt. The
+engine comes first: a `llama-server` built on this box may beat the wheel's, which is built for all of them.
 In the end the choice is measured against the engine's defaults once more; it is kept only where it is faster and neither
 prefill nor decode nor the user's own rows are slower, else the defaults stay. Forced answers repeat themselves, which drafts
 guess too well: drafts are chosen by the time of real answers to own rows alone. A coarser type for keys and values is tried
@@ -13,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,9 @@ from edgeft.bench.pool import refuse_without_room
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target
 from edgeft.engines import GGUF
+from edgeft.engines.llama_server import binary_of, build_of
 from edgeft.engines.local import default_threads, usable_cores
+from edgeft.engines.run_profile import can_run
 from edgeft.errors import EnvironmentFault
 from edgeft.rows import Row, load_rows, prompt_of, spread
 
@@ -50,6 +54,8 @@ DRAFT_SHARE = 0.7  # a draft must be smaller than this share of the artefact
 def knobs(target: Target, beside: list[Target], speculate: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what is tried, the options that it sets), in the order in which they are tried."""
     cores = usable_cores()
+    if target.engine == "gguf" and can_run("llama_server"):
+        yield f"llama-server {build_of(binary_of({}))}", {"engine": "llama_server"}
     for threads in sorted({cores, max(1, cores // 2), max(1, cores - 1)} - {default_threads()}, reverse=True):
         yield f"{threads} threads", {"threads": threads}
     for name, group in core_groups().items():
@@ -208,7 +214,9 @@ def in_turns(
 @contextmanager
 def started(target: Target, options: dict[str, Any], context: int, log: Path) -> Iterator[Caller]:
     """The target running with these options and none of its run profile; yields what asks it."""
-    with caller(target, log, options.get("threads"), context, {**options, "run_profile": False}) as (ask, _):
+    by = replace(target, engine=options.get("engine", target.engine))
+    told = {key: value for key, value in options.items() if key != "engine"}
+    with caller(by, log, options.get("threads"), context, {**told, "run_profile": False}) as (ask, _):
         yield ask
 
 

@@ -22,6 +22,7 @@ from edgeft.bench.schema import faults
 from edgeft.bench.speed import Point
 from edgeft.bench.targets import Target, find, run_by
 from edgeft.engines import run_profile
+from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault, UsageError
 from edgeft.rows import load_rows, row_hash, spread
 from tests.conftest import DESK
@@ -362,6 +363,28 @@ def test_options_chosen_with_one_engine_are_not_another_ones(tmp_path):
     run_profile.keep(tmp_path, {"engine": "gguf", "options": {"threads": 2, "poll": 9}})
     assert run_profile.options_for(tmp_path, "gguf") == {"threads": 2, "poll": 9}
     assert run_profile.options_for(tmp_path, "llama_cpp") == {"threads": 3}
+
+
+def test_an_engine_chosen_with_its_options_runs_the_file_only_where_the_user_has_it(tmp_path, monkeypatch):
+    binary = tmp_path / "bin" / "llama-server"
+    binary.parent.mkdir()
+    binary.write_text("#!/bin/sh\nexit 3\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binary.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("EDGEFT_LLAMA_SERVER", raising=False)
+    options = {"engine": "llama_server", "ubatch": 128, "binary": "/tmp/came-with-the-artefact"}
+    run_profile.keep(tmp_path, {"engine": "gguf", "options": options})
+    assert run_profile.options_for(tmp_path, "gguf") == {"engine": "llama_server", "ubatch": 128}, "no binary"
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(EnvironmentFault, match="llama-server ended with 3"):
+        LocalModel(tmp_path, "gguf", log=tmp_path / "log")
+    (asked,) = find([tmp_path / "m.gguf"], [])
+    engines = [change["engine"] for _, change in autotune.knobs(asked, [], False) if "engine" in change]
+    assert engines == ["llama_server"]
+    assert not any("engine" in c for _, c in autotune.knobs(replace(asked, engine="llama_cpp"), [], False))
+    binary.unlink()
+    assert run_profile.options_for(tmp_path, "gguf") == {}, "what was found with one engine is not another's"
+    assert not any("engine" in change for _, change in autotune.knobs(asked, [], False))
 
 
 def test_a_group_that_is_none_is_not_taken_for_one(tmp_path):

@@ -45,18 +45,19 @@ class LocalModel:
         spawned: Callable[[LocalModel], None] = lambda _: None,
     ) -> None:
         """`spawned` is called as soon as there is a process: another thread may then end a load by `close`."""
-        self.folder, self.engine, self.log = folder, engine, log
+        self.folder, self.log = folder, log
         self.key = secrets.token_urlsafe(24)
         asked = dict(options or {})
         profile = options_for(folder, engine) if asked.pop("run_profile", True) and threads is None else {}
         self.run_profile = profile
+        self.engine = profile.get("engine", engine)
         group = asked.pop("group", None)  # a control group that the process is put into before it loads
         self.options: dict[str, Any] = {
             "threads": threads or default_threads(),
             "context": context,
             "key": self.key,
             "name": name or folder.name,
-            **profile,
+            **{key: value for key, value in profile.items() if key != "engine"},
             **asked,
         }
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class LocalModel:
         self.memory = child.PeakMemory(self.pid) if sample_memory else None
         try:
             spawned(self)
-            reply = self._order({"engine": engine, "folder": str(folder), "options": self.options})
+            reply = self._order({"engine": self.engine, "folder": str(folder), "options": self.options})
         except BaseException:
             self.close()
             raise

@@ -13,11 +13,11 @@ from edgeft.engines import GGUF
 
 FILE = "run-profile.json"
 SCHEMA = "edgeft/run-profile@1"
-# What an engine may be told, and what stands for it. `cores`: the CPUs that it is bound to.
+# What an engine may be told, and what stands for it. `cores`: the CPUs that it is bound to; `engine`: another one that runs its files.
 LLAMA = ("threads", "threads_batch", "cores", "batch", "ubatch", "flash_attention", "kv_type")
 SERVER = (*LLAMA, "poll", "speculative", "draft", "draft_tokens")
 KNOWN = {
-    "gguf": SERVER,
+    "gguf": (*SERVER, "engine"),
     "llama_server": SERVER,
     "llama_cpp": LLAMA,
     "onnx": ("threads", "cores", "spin"),
@@ -38,18 +38,32 @@ def this_box() -> str:
 def options_for(folder: Path, engine: str) -> dict[str, Any]:
     """The options that were chosen for this artefact on this box with this engine; empty where there are none.
 
-    A draft's path is kept relative to the artefact; where the draft is gone, so is the option.
+    A draft's path is kept relative to the artefact; where the draft is gone, so is the option. Where the engine that they were
+    found with is gone, so are they all. The file names no binary: what is run is the user's own, never what came with an artefact.
     """
     kept = read(folder)["boxes"].get(_key(engine)) if (folder / FILE).is_file() else None
     if not kept:
         return {}
     options = {key: value for key, value in kept["options"].items() if key in KNOWN.get(engine, ())}
+    if "engine" in options and not can_run(options["engine"]):
+        return {}
     if "draft" in options:
         draft = (folder / options["draft"]).resolve()
         options["draft"] = str(draft)
         if not draft.is_file():
             return {k: v for k, v in options.items() if k not in ("draft", "draft_tokens", "speculative")}
     return options
+
+
+def can_run(engine: str) -> bool:
+    """Can GGUF files be run here by this engine: a `llama-server` that the user named or has on the PATH?"""
+    from edgeft.engines.llama_server import binary_of
+    from edgeft.errors import UsageError
+
+    try:
+        return engine == "llama_server" and bool(binary_of({}))
+    except UsageError:
+        return False
 
 
 def _key(engine: str | None) -> str:
