@@ -12,10 +12,22 @@ export EDGEFT_HOME="$prefix/home"
 systemd=""
 if [ -d /run/systemd/system ] && command -v systemctl >/dev/null; then
     if [ "$(id -u)" = 0 ]; then systemd="systemctl"; units=/etc/systemd/system
-    elif systemctl --user show-environment >/dev/null 2>&1; then systemd="systemctl --user"; units=$HOME/.config/systemd/user
+    else
+        [ -n "${XDG_RUNTIME_DIR:-}" ] || export XDG_RUNTIME_DIR="/run/user/$(id -u)"
+        # A user's manager ends with the last session, and its services with it, unless the user lingers.
+        lingers=/var/lib/systemd/linger/$(id -un)
+        if systemctl --user show-environment >/dev/null 2>&1; then
+            [ "$what" != start ] || [ -e "$lingers" ] || loginctl --no-ask-password enable-linger >/dev/null 2>&1 || true
+            if [ -e "$lingers" ]; then systemd="systemctl --user"; units=$HOME/.config/systemd/user
+            elif [ "$what" = start ]; then
+                echo "runs without systemd, and not after a reboot; for that: sudo loginctl enable-linger $(id -un), and install again" >&2
+            fi
+        fi
     fi
 fi
-alive() { [ -f "$pidfile" ] && kill -0 "$(cat "$pidfile")" 2>/dev/null; }
+alive() {  # after a reboot the number may be another program's
+    [ -f "$pidfile" ] && tr '\0' ' ' < "/proc/$(cat "$pidfile")/cmdline" 2>/dev/null | grep -qF -- "-m edgeft serve "
+}
 ask() {
     "$prefix/venvs/@venv/bin/python" -c '
 import sys, urllib.request
@@ -50,11 +62,12 @@ start)
         setsid "$prefix/venvs/@venv/bin/python" -m edgeft serve --policy current/policy --artifacts current/artifacts \
             --cache "$prefix/cache" @serve </dev/null >"$log" 2>&1 &
         echo $! > "$pidfile"
+        n=0  # until it is the program that `alive` looks for
+        while [ $n -lt 50 ] && kill -0 "$(cat "$pidfile")" 2>/dev/null && ! alive; do sleep 0.1; n=$((n + 1)); done
     fi ;;
 stop)
-    if [ -n "$systemd" ]; then
-        $systemd stop edgeft.service 2>/dev/null || true
-    elif alive; then
+    if [ -n "$systemd" ]; then $systemd stop edgeft.service 2>/dev/null || true; fi
+    if alive; then  # also one that was started before systemd could
         pid=$(cat "$pidfile")
         kill "$pid" 2>/dev/null || true
         n=0
@@ -70,7 +83,12 @@ reload)  # in place of a restart where the release that ran differs in its polic
     cmp -s "$old/service.sh" "$here/service.sh" && cmp -s "$old/edgeft.service" "$here/edgeft.service" || exit 1
     [ "$(models "$old")" = "$(models "$here")" ] || exit 1
     before=$(reloads) || exit 1
-    if [ -n "$systemd" ]; then $systemd reload edgeft.service; else alive && kill -HUP "$(cat "$pidfile")"; fi || exit 1
+    if [ -n "$systemd" ]; then
+        ! alive || exit 1  # it was started before systemd could
+        $systemd reload edgeft.service
+    else
+        alive && kill -HUP "$(cat "$pidfile")"
+    fi || exit 1
     n=0
     until now=$(reloads) && [ "$now" -gt "$before" ]; do
         n=$((n + 1))
