@@ -59,10 +59,13 @@ class Box:
         groups = Path("/sys/fs/cgroup/systemd")
         own = (groups if groups.is_dir() else groups.parent) / "edgeft-try"
         own.mkdir(exist_ok=True)
-        command = "echo $$ > \"$0/cgroup.procs\"; exec unshare --pid --mount --uts --ipc --cgroup --net --fork --kill-child --propagation private sh -c \"$1\" sh \"$2\" \"$3\""  # fmt: skip
+        spaces = "--pid --mount --uts --ipc --cgroup --net --fork --kill-child --propagation private"
+        command = f'echo $$ > "$0/cgroup.procs"; exec unshare {spaces} sh -c "$1" sh "$2" "$3"'
         self.outer = subprocess.Popen(["sh", "-c", command, own, BOOT, work, PATH], stdout=sys.stderr)
         self.pid = self._wait(60, self._first)
-        self._wait(60, lambda: self.run("systemctl is-system-running").stdout.strip() in ("running", "degraded"))
+        self._wait(
+            60, lambda: self.run("systemctl is-system-running").stdout.strip() in ("running", "degraded")
+        )
 
     def _first(self) -> int:
         below = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text().split()
@@ -105,7 +108,9 @@ def trial(box: Box, port: int) -> dict[str, Any]:
     ready = f"sh /srv/edgeft/current/service.sh /srv/edgeft wait 120 && python3 /box/ask.py {port} 1"
     show = "systemctl show --value -p MainPID edgeft"
     box.say("mkdir /srv/one && tar -xf /box/one.tar -C /srv/one && sh /srv/one/install.sh /srv/edgeft")
-    found: dict[str, Any] = {"installed": box.say("systemctl is-active edgeft; systemctl is-enabled edgeft").split()}
+    found: dict[str, Any] = {
+        "installed": box.say("systemctl is-active edgeft; systemctl is-enabled edgeft").split()
+    }
     box.say(f"kill -9 $({show}); sleep 1; {ready}")
     found["restarts_after_kill"] = int(box.say("systemctl show --value -p NRestarts edgeft"))
     asked = f"python3 /box/ask.py {port} 300 > /tmp/answer & sleep 1; systemctl stop edgeft; wait; cat /tmp/answer"
@@ -118,7 +123,9 @@ def trial(box: Box, port: int) -> dict[str, Any]:
 
 def as_user(box: Box) -> dict[str, Any]:
     """How it runs for a user without and with lingering."""
-    box.say(f"systemctl stop edgeft; systemctl disable --quiet edgeft; useradd -m -s /bin/sh {USER}; systemctl start user@$(id -u {USER})")
+    box.say(
+        f"systemctl stop edgeft; systemctl disable --quiet edgeft; useradd -m -s /bin/sh {USER}; systemctl start user@$(id -u {USER})"
+    )
     install = "mkdir -p one && tar -xf /box/one.tar -C one && sh one/install.sh 2>&1"
     active = "XDG_RUNTIME_DIR=/run/user/$(id -u) systemctl --user is-active edgeft || true"
     said = box.say(f"cd; {install}", USER)
@@ -136,7 +143,9 @@ def main() -> None:
     asked = parser.parse_args()
     try:
         if os.geteuid() != 0 or not Path("/lib/systemd/systemd").exists():
-            raise EnvironmentFault("this needs root and systemd's files.", "sudo python …; apt install systemd")
+            raise EnvironmentFault(
+                "this needs root and systemd's files.", "sudo python …; apt install systemd"
+            )
         port = int(Bundle(asked.bundle).manifest["config"]["port"])
         shutil.rmtree(asked.work, ignore_errors=True)
         for name in ("up", "wk", "root", "box"):
@@ -162,7 +171,9 @@ def main() -> None:
     shutil.rmtree(asked.work)
     print(json.dumps(found))
     good = found["restarts_after_kill"] == 1 and found["policy_taken_over_without_restart"]
-    sys.exit(not (good and found["lingering_user"] == "active" and found["installed"] == ["active", "enabled"]))
+    sys.exit(
+        not (good and found["lingering_user"] == "active" and found["installed"] == ["active", "enabled"])
+    )
 
 
 if __name__ == "__main__":

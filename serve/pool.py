@@ -252,9 +252,9 @@ class Pool:
         try:
             model = await asyncio.to_thread(self.starter, entry.spec, spawned)
         except Exception as error:
-            self._failed(
-                entry, f"{entry.spec.id} did not load: {getattr(error, 'message', type(error).__name__)}"
-            )
+            reason = getattr(error, "message", type(error).__name__)
+            said = reason if "did not load" in reason else f"{entry.spec.id} did not load: {reason}"
+            self._failed(entry, said)
             return
         finally:
             entry.spawned, entry.reserved_bytes = None, 0

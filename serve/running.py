@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from edgeft import console
+from edgeft.errors import EnvironmentFault
 from edgeft.router import load_policy
 from edgeft.router.calibrate import suspend
 from edgeft.serve.candidates import check, remote, spec_of
 from edgeft.serve.config import Config
 from edgeft.serve.local import LocalUpstream
-from edgeft.serve.pool import Pool
+from edgeft.serve.pool import NotReady, Pool
 from edgeft.serve.proxy import Proxy
 from edgeft.serve.upstream import HttpUpstream, Upstream
 from edgeft.serve.watch import Watch
@@ -59,12 +60,15 @@ class Running:
         return App(self.proxy)
 
     async def load(self) -> list[str]:
-        """Connect and load, cheapest first; each candidate is served from the moment it is ready. Raises what a model raised."""
+        """Connect and load, cheapest first; each candidate is served from the moment it is ready. Raises EnvironmentFault."""
         for candidate in self.candidates:
             upstream = self.upstream(candidate)
             if isinstance(upstream, LocalUpstream) and self.preloaded(candidate["id"]):
                 with console.step(f"loading {candidate['id']}"):
-                    await self.pool.preload([candidate["id"]])
+                    try:
+                        await self.pool.preload([candidate["id"]])
+                    except NotReady as error:
+                        raise EnvironmentFault(str(error), f"less {upstream.spec.log}") from error
                 async with upstream.hold():
                     pass  # what it can do is known from now on
             self.proxy.upstreams[candidate["id"]] = upstream

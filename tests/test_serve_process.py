@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -129,6 +130,32 @@ def test_the_command_refuses_in_two_lines(tmp_path, capsys):
             assert cli(["serve", *arguments]) == 2
             problem = capsys.readouterr().err.splitlines()
             assert len(problem) == 2 and message in problem[0], problem
+
+
+def test_a_model_that_does_not_load_ends_the_start_in_two_lines(tmp_path):
+    pytest.importorskip("xllamacpp", reason="edgeft[gguf] is not installed")
+    from edgeft.files import sha256_file, sha256_json
+
+    broken = tmp_path / "model.gguf"
+    broken.write_bytes(b"no weights")
+    digest = sha256_json({broken.name: sha256_file(broken)})
+    local = {
+        "kind": "folder",
+        "remote": False,
+        "engine": "gguf",
+        "path": str(broken),
+        "artifact_sha256": digest,
+    }
+    policy = policy_of("one", "two")
+    candidates = [{**c, **local} for c in policy.policy.candidates]
+    save_policy(replace(policy.policy, candidates=candidates), tensors_of(policy), tmp_path / "policy")
+    command = [sys.executable, "-m", "edgeft", "serve", "--policy", str(tmp_path / "policy"), "--port", "0"]
+    home = {**os.environ, "EDGEFT_HOME": str(tmp_path / "home")}
+    ran = subprocess.run(command, capture_output=True, text=True, env=home, timeout=120, check=False)
+    *_, first, second = ran.stderr.splitlines()
+    assert ran.returncode == 3, ran.stderr
+    assert first.count("did not load") == 1 and "fault of edgeft" not in ran.stderr
+    assert second.strip().startswith("less ") and Path(second.split()[1]).is_file(), ran.stderr
 
 
 BODY = {"model": "auto", "messages": [{"role": "user", "content": "hello"}]}
