@@ -30,7 +30,7 @@ def caller(
         key = os.environ.get("OPENAI_API_KEY")
         url, model = target.facts["url"], target.facts["model"]
         with httpx.Client(limits=httpx.Limits(max_connections=None)) as client:
-            yield lambda body: chat(client, url, {**body, "model": model}, key), None
+            yield lambda body: chat(client, url, {**plain(body), "model": model}, key), None
     else:
         assert target.path is not None
         with (
@@ -48,6 +48,11 @@ def caller(
                     raise EnvironmentFault(f"{target.id}: {error.message}", f"less {log}") from error
 
             yield ask, local
+
+
+def plain(body: dict[str, Any]) -> dict[str, Any]:
+    """A body for a server of any kind: without `cache_prompt` where it says what llama.cpp does by itself; OpenAI's own API refuses it."""
+    return {name: value for name, value in body.items() if (name, value) != ("cache_prompt", True)}
 
 
 def _litellm(model: str) -> Caller:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgeft.bench import Workload, autotune, bench, memory, roofline
-from edgeft.bench.callers import caller
+from edgeft.bench.callers import caller, plain
 from edgeft.bench.pool import need_bytes
 from edgeft.bench.schema import faults
 from edgeft.bench.speed import Point
@@ -325,6 +325,12 @@ def test_a_search_ends_in_time_and_says_what_it_did_not_try(tiny_dist, tasks, tm
 
 
 # --- the second GGUF engine, memory, roofline
+
+
+def test_a_server_of_another_kind_is_asked_in_openais_words():
+    body = {"messages": [], "max_tokens": 4, "cache_prompt": True}
+    assert plain(body) == {"messages": [], "max_tokens": 4}
+    assert plain({**body, "cache_prompt": False})["cache_prompt"] is False, "a cold prompt must be asked for"
 
 
 def test_both_gguf_engines_answer_alike(tiny_dist, tmp_path):
