@@ -118,5 +118,5 @@ def guess(engine: str, options: Mapping[str, Any] = NOTHING) -> dict[str, bool]:
         "tools": llama,
         "json_schema": llama,
         "logprobs": engine != "onnx",
-        "id_slot": llama,
+        "id_slot": llama or engine == "onnx",
     }

@@ -38,7 +38,7 @@ class Features:
     logprobs: bool = True
     n: bool = True  # several answers in one call
     adapters: tuple[str, ...] = ()
-    id_slot: bool = False  # takes llama.cpp's id_slot and cache_prompt
+    id_slot: bool = False  # takes id_slot and cache_prompt as llama.cpp does
 
 
 class Upstream(Protocol):

@@ -18,7 +18,16 @@ import pytest
 
 from edgeft.engines import bodies, micro_batch
 from edgeft.engines.chat_server import Reader, features, listen
-from edgeft.engines.decoding import BadRequest, Pace, Token, likeliest, log_softmax, tokens_in
+from edgeft.engines.decoding import (
+    BadRequest,
+    Pace,
+    Token,
+    chosen,
+    likeliest,
+    log_softmax,
+    sampling_of,
+    tokens_in,
+)
 from edgeft.engines.local import LocalModel
 from edgeft.errors import UsageError
 
@@ -384,6 +393,56 @@ def test_slots_have_a_context_each_and_keep_prefixes(tiny_dist, tmp_path):
         closed = httpx.get(f"{local.url}/slots", headers={"Authorization": f"Bearer {local.key}"})
         assert closed.status_code in (404, 501) and not closed.headers.get("Access-Control-Allow-Origin")
         assert httpx.post(f"{local.url}/v1/completions", json={"prompt": "x"}).status_code == 401
+
+
+def test_onnx_computes_what_a_prompt_shares_with_the_last_one_only_where_it_is_asked_to(tiny_dist, tmp_path):
+    pytest.importorskip("onnxruntime_genai", reason="needs the extra: onnx")
+    place = tiny_dist / "dist" / "onnx-int8"
+    first, other = [5 + i % 90 for i in range(120)], [7 + i % 80 for i in range(120)]
+    forked = first[:80] + other[:30]
+
+    def said(local: LocalModel, prompt: list[int], reuse: bool, **more) -> tuple[str, list[float], int]:
+        body = {"prompt": prompt, "max_tokens": 6, "logprobs": 1, "temperature": 0, **more}
+        told = ask(local, "/v1/completions", **body, cache_prompt=reuse, **local.fields(slot=0, stream=False))
+        choice = told["choices"][0]
+        cached = told["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return choice["text"], choice["logprobs"]["token_logprobs"], cached
+
+    options = {"slots": 1, "batch_s": 0.25}
+    with LocalModel(place, "onnx", log=tmp_path / "log", threads=1, context=128, options=options) as local:
+        assert local.features["id_slot"]
+        cold = {name: said(local, prompt, False) for name, prompt in (("first", first), ("forked", forked))}
+        assert [answer[2] for answer in cold.values()] == [0, 0]
+        said(local, first, False)
+        for name, prompt, cached in (("forked", forked, 80), ("forked", forked, 109), ("first", first, 80)):
+            text, logprobs, found = said(local, prompt, True)
+            assert (text, found) == (cold[name][0], cached), name
+            assert logprobs == pytest.approx(cold[name][1], abs=1e-3)
+        assert said(local, first, False)[2] == 0, "another tenant's prompt is read again"
+        sampled = {said(local, first, True, temperature=1.5, top_p=0.9, seed=seed)[0] for seed in (1, 1, 2)}
+        assert len(sampled) == 2, "a seed draws the same, another one something else"
+        body = {"prompt": first, "max_tokens": 60, "ignore_eos": True, "temperature": 0}
+        told = ask(local, "/v1/completions", **body)
+        assert told["usage"]["completion_tokens"] == 8, "the context holds no more"
+        assert said(local, forked, True)[0] == cold["forked"][0]
+
+
+def test_tokens_are_drawn_by_their_odds_within_the_nucleus():
+    import numpy as np
+
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
+    chance = np.random.default_rng(3)
+
+    def shares(temperature: float, top_p: float) -> list[float]:
+        wanted = sampling_of({"temperature": temperature, "top_p": top_p})
+        drawn = [chosen(logits, wanted, chance) for _ in range(8000)]
+        return [drawn.count(i) / len(drawn) for i in range(4)]
+
+    assert shares(0.0, 1.0) == [1.0, 0.0, 0.0, 0.0]
+    assert shares(1.0, 1.0) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.02)
+    assert shares(1.0, 0.7) == pytest.approx([0.625, 0.375, 0.0, 0.0], abs=0.02)
+    squared = np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365
+    assert shares(0.5, 1.0) == pytest.approx(list(squared), abs=0.02)
 
 
 def test_adapters_are_switched_by_request_through_the_proxy(two_adapters, tmp_path):

@@ -126,13 +126,14 @@ def _named(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def usage(prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-    """OpenAI's usage block. These engines keep nothing between requests, so no cached tokens are told."""
-    return {
+def usage(prompt_tokens: int, output_tokens: int, reused: int | None = None) -> dict[str, Any]:
+    """OpenAI's usage block; `reused` prompt tokens were not computed again, None where the engine keeps nothing between requests."""
+    found: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
     }
+    return found if reused is None else {**found, "prompt_tokens_details": {"cached_tokens": reused}}
 
 
 def embeddings(model: str, vectors: list[list[float]], tokens: int, encoding: str) -> dict[str, Any]:

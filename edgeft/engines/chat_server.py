@@ -41,6 +41,9 @@ class Reader:
     # ids -> None after each piece that was read, at last the vector
     embed: Callable[[list[int]], Iterator[list[float] | None]] | None = None
     constrains: bool = False  # Sampling.schema is obeyed
+    reused: Callable[[], int] | None = (
+        None  # how many ids of the last prompt were not computed again; None: nothing is ever kept
+    )
 
 
 class Gone(Exception):
@@ -176,11 +179,17 @@ def handler(
             pieces = until_stop(watched(steps, self.connection), wanted)
             streamed = bool(body.get("stream"))
             head = bodies.head(kind, model_name, streamed)
+
+            def usage() -> dict[str, Any]:
+                return bodies.usage(
+                    prompt_tokens, count, reader.reused() if reader and reader.reused else None
+                )
+
             if not streamed:
                 made = list(pieces)
                 count = sum(piece.token is not None for piece in made)
                 choices = [bodies.whole(kind, made, wanted)]
-                self.reply(200, {**head, "choices": choices, "usage": bodies.usage(prompt_tokens, count)})
+                self.reply(200, {**head, "choices": choices, "usage": usage()})
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
@@ -194,7 +203,7 @@ def handler(
             finally:
                 pieces.close()  # type: ignore[attr-defined]
             if (body.get("stream_options") or {}).get("include_usage"):
-                self.event({**head, "choices": [], "usage": bodies.usage(prompt_tokens, count)})
+                self.event({**head, "choices": [], "usage": usage()})
             self.chunk(b"data: [DONE]\n\n")
             self.chunk(b"")
 

@@ -27,6 +27,7 @@ class Sampling:
     logprobs: bool = False
     top_logprobs: int = 0
     schema: str | None = None  # a JSON schema that the answer must satisfy
+    reuse: bool = False  # what the request before left may be used (`cache_prompt`)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def sampling_of(body: dict[str, Any]) -> Sampling:
             seed=None if body.get("seed") is None else int(body["seed"]),
             stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop)),
             ignore_eos=bool(body.get("ignore_eos")),
+            reuse=body.get("cache_prompt") is True,
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise BadRequest(f"bad request: {error}") from None
@@ -98,6 +100,31 @@ def until_stop(tokens: Iterator[Token], sampling: Sampling) -> Iterator[Piece]:
             yield Piece(held, None, "length")
             return
     yield Piece(held, None, "stop")
+
+
+def beginning(row: list[int], last: list[int]) -> int:
+    """How many ids two rows begin with alike, the row's last one left out: something must be computed."""
+    same = 0
+    for a, b in zip(row[:-1], last, strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+def chosen(logits: Any, sampling: Sampling, chance: Any) -> int:
+    """The next token of float logits [vocabulary]: the likeliest, or one drawn by temperature and nucleus with numpy's `chance`."""
+    import numpy as np
+
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    odds = np.exp(log_softmax(np.asarray(logits, dtype=np.float64) / sampling.temperature))
+    if sampling.top_p < 1:
+        order = np.argsort(-odds, kind="stable")
+        ordered = odds[order]
+        odds[order[ordered.cumsum() - ordered > sampling.top_p]] = 0
+    edges = odds.cumsum()
+    return int(np.searchsorted(edges, chance.random() * edges[-1], side="right"))
 
 
 def tokens_in(speed: float, seconds: float) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgeft.device import gpu_layers
 from edgeft.engines import micro_batch
+from edgeft.engines.decoding import beginning
 from edgeft.engines.memory import SMOOTHED, gguf_facts
 from edgeft.errors import UsageError
 
@@ -289,16 +290,6 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
         llama.llama_batch_free(batch)
         llama.llama_free(context)
         llama.llama_model_free(model)
-
-
-def beginning(row: list[int], last: list[int]) -> int:
-    """How many ids two rows begin with alike, the row's last one left out: something must be computed."""
-    same = 0
-    for a, b in zip(row[:-1], last, strict=False):
-        if a != b:
-            break
-        same += 1
-    return same
 
 
 def logits_build() -> str:

@@ -1,5 +1,8 @@
 """ONNX: onnxruntime-genai, greedy or sampled, one request at a time.
 
+On a CPU what the last request read and said is kept: one that begins alike and asks for it (`cache_prompt`) computes the rest alone. genai
+fixes temperature and length when a generator is made, so tokens are chosen here. On a GPU, and under a JSON schema, it chooses.
+
 Text becomes tokens by the `tokenizers` package and the folder's tokenizer.json, as in transformers: genai's own reading
 of that file knows some pre-tokenizers alone, and leaves others out without a word (`Digits` among them).
 """
@@ -8,12 +11,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgeft.device import CPU
 from edgeft.engines.chat_server import Reader, features, listen
-from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, likeliest, log_softmax
+from edgeft.engines.decoding import (
+    BadRequest,
+    Pace,
+    Sampling,
+    Steps,
+    Token,
+    beginning,
+    chosen,
+    likeliest,
+    log_softmax,
+)
 from edgeft.errors import UsageError
 
 GENAI = ("onnxruntime-genai", "onnxruntime-genai-cuda")
@@ -42,7 +56,8 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     def render(messages: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
-    pace = Pace(options.get("batch_s"))
+    pace, device = Pace(options.get("batch_s")), device_of(model)
+    kept = Kept(model, options["context"]) if device == CPU else None
 
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Steps]:
         ids = tokenize(render(messages))
@@ -53,16 +68,22 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             raise BadRequest(f"the prompt has {len(ids)} tokens and the context {options['context']}")
         if max(ids) >= reads.get_vocab_size():
             raise BadRequest(f"the token id {max(ids)} is not in the vocabulary")
+        if kept and sampling.schema is None:
+            return on_kept(kept, tokenizer, reads, ids, sampling, pace)
+        if kept:
+            kept.drop()
         return generate(model, tokenizer, reads, ids, sampling, options["context"], pace)
 
     begin = tuple(reads.encode("", add_special_tokens=True).ids)
-    reader = Reader(tokenize, render, complete, begin, constrains=guided(model))
+    reader = Reader(
+        tokenize, render, complete, begin, None, guided(model), (lambda: kept.reused) if kept else None
+    )
     return {
         "port": listen(chat, options["key"], options["name"], reader),
         "build": genai_build(),
         "load_mode": "read",
-        "device": device_of(model),
-        "features": features(reader),
+        "device": device,
+        "features": features(reader, id_slot=kept is not None),
     }
 
 
@@ -98,6 +119,88 @@ def load(folder: Path, options: dict[str, Any]) -> Any:
         session["session.intra_op.allow_spinning"] = "0"
     config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
     return og.Model(config)
+
+
+@dataclass
+class Kept:
+    """A generator and the ids whose keys and values it holds; `reused`: how many of them the last request found there."""
+
+    model: Any
+    context: int
+    generator: Any = None
+    ids: list[int] = field(default_factory=list)
+    reused: int = 0
+
+    def drop(self) -> None:
+        """Keep nothing."""
+        self.generator, self.ids, self.reused = None, [], 0
+
+    def begin(self, ids: list[int], reuse: bool) -> int:
+        """Make it hold a beginning of `ids`, none where it must not be reused or can't be; returns how many ids that is."""
+        import onnxruntime_genai as og
+
+        shared = beginning(ids, self.ids) if reuse and self.generator else 0
+        if shared:
+            try:
+                self.generator.rewind_to(shared)
+            except Exception:  # some kinds of memory can't be cut
+                shared = 0
+        if not shared:
+            self.drop()
+            parameters = og.GeneratorParams(self.model)
+            parameters.set_search_options(max_length=self.context, batch_size=1, do_sample=False)
+            self.generator = og.Generator(self.model, parameters)
+        self.ids, self.reused = ids[:shared], shared
+        return shared
+
+    def read(self, ids: list[int]) -> None:
+        """Compute what comes behind these ids too."""
+        import numpy as np
+
+        try:
+            self.generator.append_tokens(np.array(ids, dtype=np.int32))
+        except BaseException:
+            self.drop()
+            raise
+        self.ids += ids
+
+
+def on_kept(kept: Kept, tokenizer: Any, reads: Any, ids: list[int], sampling: Sampling, pace: Pace) -> Steps:
+    """None after each piece of the prompt that was read, then tokens, one by one."""
+    import numpy as np
+
+    for piece in pace.pieces(ids[kept.begin(ids, sampling.reuse) :]):
+        kept.read(piece)
+        yield None
+    chance = np.random.default_rng(sampling.seed)
+    stream, ends = tokenizer.create_stream(), [int(e) for e in tokenizer.eos_token_ids]
+    while True:
+        logits = np.asarray(kept.generator.get_logits(), dtype=np.float32).reshape(-1)
+        if sampling.ignore_eos:
+            logits[ends] = -np.inf
+        token = chosen(logits, sampling, chance)
+        if token in ends:
+            return
+        text = stream.decode(token)
+        yield (
+            told(text, token, log_softmax(logits), sampling, reads)
+            if sampling.logprobs
+            else Token(text, None)
+        )
+        if len(kept.ids) + 1 >= kept.context:
+            return
+        kept.read([token])
+
+
+def told(text: str, token: int, logprobs: Any, sampling: Sampling, reads: Any) -> Token:
+    """A token with its log-probability and the likeliest in its place."""
+    top = likeliest(logprobs, sampling.top_logprobs)
+    texts = [reads.decode([one], skip_special_tokens=False) for one in top]
+    return Token(
+        text,
+        float(logprobs[token]),
+        tuple(zip(texts, (float(logprobs[one]) for one in top), strict=True)),
+    )
 
 
 def generate(
@@ -139,16 +242,8 @@ def generate(
         token = int(generator.get_next_tokens()[0])
         if token in ends:
             return
-        if logprobs is None:
-            yield Token(stream.decode(token), None)
-            continue
-        top = likeliest(logprobs, sampling.top_logprobs)
-        texts = [reads.decode([one], skip_special_tokens=False) for one in top]
-        yield Token(
-            stream.decode(token),
-            float(logprobs[token]),
-            tuple(zip(texts, (float(logprobs[one]) for one in top), strict=True)),
-        )
+        text = stream.decode(token)
+        yield Token(text, None) if logprobs is None else told(text, token, logprobs, sampling, reads)
 
 
 def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Iterator[Any]:
