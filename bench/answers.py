@@ -36,15 +36,15 @@ def ask_all(
     return items
 
 
-def answer(target: Target, ask: Caller, row: Row, max_tokens: int) -> dict[str, Any]:
-    """One row asked greedily: what came, whether it is right, and what it took."""
+def answer(target: Target, ask: Caller, row: Row, max_tokens: int, reuse: bool = True) -> dict[str, Any]:
+    """One row asked greedily: what came, whether it is right, and what it took. Without `reuse` its whole prompt is computed."""
     reply = ask(
         {
             "messages": prompt_of(row),
             "max_tokens": max_tokens,
             "temperature": 0,
             "logprobs": True,
-            "cache_prompt": True,
+            "cache_prompt": reuse,
         }
     )
     value = score(row, reply.text)

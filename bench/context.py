@@ -81,7 +81,8 @@ def measure(
                 journal.add(target.id, "context", ask_locker(running.ask, cell, size))
                 say(f"{done}/{len(asked)} prompts up to {max(lengths)} tokens")
             for done, (row, tokens) in enumerate(left_own, len(own) - len(left_own) + 1):
-                item = answer(target, running.ask, behind(row, rows, tokens, size), max_tokens)
+                behind_others = behind(row, rows, tokens, size)
+                item = answer(target, running.ask, behind_others, max_tokens, reuse=False)
                 kept = {k: item[k] for k in ("correct", "output", "prompt_tokens", "ttft_s")}
                 journal.add(target.id, "context-row", {"item_id": row["id"], "tokens": tokens, **kept})
                 say(f"{done}/{len(own)} own rows behind others")
