@@ -425,6 +425,9 @@ def test_onnx_computes_what_a_prompt_shares_with_the_last_one_only_where_it_is_a
         told = ask(local, "/v1/completions", **body)
         assert told["usage"]["completion_tokens"] == 8, "the context holds no more"
         assert said(local, forked, True)[0] == cold["forked"][0]
+    longer = 1 << 20  # than the model was made for
+    with LocalModel(place, "onnx", log=tmp_path / "log", threads=1, context=longer, options=options) as local:
+        assert said(local, first, True)[0] == cold["first"][0]
 
 
 def test_tokens_are_drawn_by_their_odds_within_the_nucleus():

@@ -57,22 +57,23 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         return str(tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
 
     pace, device = Pace(options.get("batch_s")), device_of(model)
-    kept = Kept(model, options["context"]) if device == CPU else None
+    context = min(options["context"], longest(folder))
+    kept = Kept(model, context) if device == CPU else None
 
     def chat(messages: list[dict[str, Any]], sampling: Sampling) -> tuple[int, Steps]:
         ids = tokenize(render(messages))
         return len(ids), complete(ids, sampling)
 
     def complete(ids: list[int], sampling: Sampling) -> Steps:
-        if len(ids) + 1 > options["context"]:
-            raise BadRequest(f"the prompt has {len(ids)} tokens and the context {options['context']}")
+        if len(ids) + 1 > context:
+            raise BadRequest(f"the prompt has {len(ids)} tokens and the context {context}")
         if max(ids) >= reads.get_vocab_size():
             raise BadRequest(f"the token id {max(ids)} is not in the vocabulary")
         if kept and sampling.schema is None:
             return on_kept(kept, tokenizer, reads, ids, sampling, pace)
         if kept:
             kept.drop()
-        return generate(model, tokenizer, reads, ids, sampling, options["context"], pace)
+        return generate(model, tokenizer, reads, ids, sampling, context, pace)
 
     begin = tuple(reads.encode("", add_special_tokens=True).ids)
     reader = Reader(
@@ -85,6 +86,11 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         "device": device,
         "features": features(reader, id_slot=kept is not None),
     }
+
+
+def longest(folder: Path) -> int:
+    """Tokens that the model was made for; genai makes no generator of more."""
+    return int(json.loads((folder / "genai_config.json").read_text())["model"]["context_length"])
 
 
 def device_of(model: Any) -> str:
