@@ -117,7 +117,8 @@ def notes(report: BenchReport) -> list[str]:
         *_kept(report),
         "TTFT: p50 / p95 on the client's side; prefill tok/s = prompt tokens / TTFT, empty cache; "
         "decode tok/s = (n-1)/(e2e - TTFT), median ± half its bootstrap interval; one stream, models in turns. "
-        "Times of answers, and TTFT where speed was not measured: what a prompt shares with the one before is kept by llama.cpp, as in serving.",
+        "Times of answers, and TTFT where speed was not measured: what a prompt shares with the one before is kept by llama.cpp "
+        "and by ONNX on a CPU, as in serving.",
         "peak MB: resident memory over the process tree, sampled every 50 ms; the pages of a memory-mapped file count when touched.",
         *_starts(report),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """The unit of a bundle under a real systemd, without a machine for it: PID 1 of namespaces of its own, on an overlay of this root.
 
     edgeft bundle dist/gguf-q4_k_m --for auto --out box.tar
-    sudo python benchmarks/deploy_systemd.py box.tar [--work /var/tmp/edgeft-systemd]
+    sudo python benchmarks/deploy_systemd.py box.tar [--work /var/tmp]
 
 Needs root, Debian's systemd and overlayfs; nothing of this machine's own files is changed, and its systemd (if it runs one) is not
 spoken to. Installs as root; kills the service; stops it amid a prompt; brings a bundle whose policy alone differs; boots again; installs as a
@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ class Box:
             if found := there():
                 return found
             time.sleep(0.2)
+        self.outer.kill()
         raise EnvironmentFault("systemd did not boot in namespaces of its own.", "see what it wrote above")
 
     def run(self, line: str, user: str = "root") -> subprocess.CompletedProcess[str]:
@@ -113,7 +115,7 @@ def trial(box: Box, port: int) -> dict[str, Any]:
     }
     box.say(f"kill -9 $({show}); sleep 1; {ready}")
     found["restarts_after_kill"] = int(box.say("systemctl show --value -p NRestarts edgeft"))
-    asked = f"python3 /box/ask.py {port} 300 > /tmp/answer & sleep 1; systemctl stop edgeft; wait; cat /tmp/answer"
+    asked = f"python3 /box/ask.py {port} 300 > /tmp/answer & sleep 1; systemctl stop edgeft; wait; grep . /tmp/answer"
     found["prompt_tokens_of_an_answer_amid_a_stop"] = int(box.say(asked))
     before = box.say(f"systemctl start edgeft; {ready} >/dev/null; {show}")
     box.say("mkdir /srv/two && tar -xf /box/two.tar -C /srv/two && sh /srv/two/install.sh /srv/edgeft")
@@ -135,40 +137,46 @@ def as_user(box: Box) -> dict[str, Any]:
     return {**found, "lingering_user": box.say(active, USER), "left_beside": box.say("ls ~/edgeft/run", USER)}
 
 
+def both_boots(work: Path, bundle: Path) -> dict[str, Any]:
+    """What the box said, booted twice in `work`. Raises UsageError for a file that is no bundle."""
+    port = int(Bundle(bundle).manifest["config"]["port"])
+    for name in ("up", "wk", "root", "box"):
+        (work / name).mkdir()
+    shutil.copyfile(bundle, work / "box/one.tar")
+    policy_changed(bundle, work / "box/two.tar")
+    (work / "box/ask.py").write_text(ASK)
+    work.chmod(0o755)  # a user reads the bundle
+    box = Box(work)
+    try:
+        found = {"systemd": box.say("systemctl --version").split("\n")[0], **trial(box, port)}
+    finally:
+        box.end()
+    box = Box(work)
+    try:
+        box.say("sh /srv/edgeft/current/service.sh /srv/edgeft wait 120")
+        return {**found, "ready_after_boot": True, **as_user(box)}
+    finally:
+        box.end()
+
+
 def main() -> None:
     """Boot, try and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("/var/tmp/edgeft-systemd"))
+    parser.add_argument(
+        "--work", type=Path, default=Path("/var/tmp"), help="on a disk: some 2 GB, gone afterwards"
+    )
     asked = parser.parse_args()
     try:
         if os.geteuid() != 0 or not Path("/lib/systemd/systemd").exists():
             raise EnvironmentFault(
                 "this needs root and systemd's files.", "sudo python …; apt install systemd"
             )
-        port = int(Bundle(asked.bundle).manifest["config"]["port"])
-        shutil.rmtree(asked.work, ignore_errors=True)
-        for name in ("up", "wk", "root", "box"):
-            (asked.work / name).mkdir(parents=True)
-        shutil.copyfile(asked.bundle, asked.work / "box/one.tar")
-        policy_changed(asked.bundle, asked.work / "box/two.tar")
-        (asked.work / "box/ask.py").write_text(ASK)
-        box = Box(asked.work)
-        try:
-            found = {"systemd": box.say("systemctl --version").split("\n")[0], **trial(box, port)}
-        finally:
-            box.end()
-        box = Box(asked.work)
-        try:
-            box.say("sh /srv/edgeft/current/service.sh /srv/edgeft wait 120")
-            found["ready_after_boot"] = True
-            found |= as_user(box)
-        finally:
-            box.end()
+        with tempfile.TemporaryDirectory(prefix="edgeft-systemd-", dir=asked.work) as work:
+            found = both_boots(Path(work), asked.bundle)
     except EdgeftError as error:
         print(f"{error.message}\n{error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)
-    shutil.rmtree(asked.work)
     print(json.dumps(found))
     good = found["restarts_after_kill"] == 1 and found["policy_taken_over_without_restart"]
     sys.exit(

@@ -388,6 +388,8 @@ def test_an_engine_chosen_with_its_options_runs_the_file_only_where_the_user_has
     engines = [change["engine"] for _, change in autotune.knobs(asked, [], False) if "engine" in change]
     assert engines == ["llama_server"]
     assert not any("engine" in c for _, c in autotune.knobs(replace(asked, engine="llama_cpp"), [], False))
+    binary.write_bytes(b"\x7fELF of another processor")
+    assert next(autotune.knobs(asked, [], False))[0] == "llama-server unknown build", "tried, and told"
     binary.unlink()
     assert run_profile.options_for(tmp_path, "gguf") == {}, "what was found with one engine is not another's"
     assert not any("engine" in change for _, change in autotune.knobs(asked, [], False))

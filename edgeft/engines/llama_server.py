@@ -76,8 +76,11 @@ def binary_of(options: dict[str, Any]) -> Path:
 
 
 def build_of(binary: Path) -> str:
-    """Its version as it says it, or 'unknown build'."""
-    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    """Its version as it says it, or 'unknown build': also where it can't be run here, which `start` says."""
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown build"
     found = re.search(r"version: (.+)", done.stdout + done.stderr)
     return found[1].strip() if found else "unknown build"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeft.device import CPU, name_of, torch_device
 from edgeft.engines.chat_server import Reader, features, listen
-from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, likeliest
+from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, chosen, likeliest
 from edgeft.errors import UsageError
 
 KERNELS = ("auto", "gptq_triton", "gptq_torch")  # of gptqmodel, in the order that they are tried on a GPU
@@ -123,11 +123,12 @@ def kernel_of(model: Any) -> str:
 
 def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, pace: Pace) -> Steps:
     """None after each piece of the prompt, then tokens, one by one."""
+    import numpy as np
     import torch
     from tokenizers.decoders import DecodeStream
 
     ends = end_tokens(model, tokenizer)
-    chance = torch.Generator().manual_seed(sampling.seed) if sampling.seed is not None else None
+    chance = np.random.default_rng(sampling.seed)
     stream = DecodeStream(ids=[], skip_special_tokens=True)
     past, out = None, None
     for piece in pace.pieces(ids):
@@ -144,7 +145,7 @@ def generate(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, pac
         logprobs = out.logits[0, -1].float().cpu().log_softmax(-1)  # type: ignore[union-attr]
         if sampling.ignore_eos:
             logprobs[list(ends)] = -torch.inf
-        token = int(logprobs.argmax()) if sampling.temperature == 0 else draw(logprobs, sampling, chance)
+        token = chosen(logprobs.numpy(), sampling, chance)
         if token in ends:
             return
         top = likeliest(logprobs.numpy(), sampling.top_logprobs)
@@ -179,16 +180,6 @@ def embedding(model: Any, ids: list[int], pace: Pace, mean: bool) -> Iterator[li
         yield None
     vector = summed if mean else state[-1]
     yield (vector / vector.norm().clamp_min(1e-12)).tolist()
-
-
-def draw(logprobs: Any, sampling: Sampling, chance: Any) -> int:
-    """A token by temperature and nucleus sampling."""
-    import torch
-
-    probabilities = (logprobs / sampling.temperature).softmax(-1)
-    ordered, order = probabilities.sort(descending=True)
-    ordered[(ordered.cumsum(-1) - ordered) > sampling.top_p] = 0
-    return int(order[torch.multinomial(ordered, 1, generator=chance)])
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
