@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import route_data
 
+from edgeft.router import surface
 from edgeft.router.certificate import rcps_threshold
-from edgeft.router.embedding import fit_vectors, mix
+from edgeft.router.features import matrix
+from edgeft.router.minilm_export import ROUTING
 
 
 def main() -> None:
@@ -26,11 +28,12 @@ def main() -> None:
     options = parser.parse_args()
     rows = route_data.rows(options.data, "mmlu")
     weak, strong = route_data.scores(rows)
-    vectors = route_data.embeddings(options.data, "mmlu", [r["prompt"] for r in rows], options.encoder)
+    texts = [r["prompt"] for r in rows]
+    vectors = route_data.embeddings(options.data, "mmlu", texts, options.encoder, ROUTING)
+    read = route_data.Read(matrix(texts), surface.of(texts), vectors, np.column_stack([weak, strong - weak]))
     order = np.random.default_rng(0).permutation(len(rows))
     fitting, rest = order[: len(rows) // 3], order[len(rows) // 3 :]
-    tensors, _, spec = fit_vectors(vectors[fitting], np.column_stack([weak, strong - weak])[fitting], None)
-    gains = mix(tensors, spec, vectors[rest], None)[:, 1]
+    gains = route_data.route_fit(read, fitting, rest)["route fit --encoder"]
     lost = (weak < strong)[rest]
     chance = np.random.default_rng(1)
     found: dict[str, list[tuple[float, float]]] = {

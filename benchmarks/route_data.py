@@ -11,12 +11,18 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgeft.files import sha256_json
+from edgeft.home import cache_dir
 from edgeft.router.curves import routing_figures
+from edgeft.router.embedding import load_encoder, read_spec
+from edgeft.router.fit_heads import blended, heads_on, parts_on
+from edgeft.router.minilm_export import GRAPH
 
 FOLDS = 5
 DEFAULT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "routing"
@@ -46,6 +52,33 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 def scores(found: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
     """(weak, strong) correctness, float64 [n]."""
     return tuple(np.array([float(r[f"{side}_correct"]) for r in found]) for side in ("weak", "strong"))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the heads read of all rows, and what they learn."""
+
+    words: np.ndarray  # float64 [n, D], `features.matrix`
+    surface: np.ndarray  # float64 [n, d], `surface.of`
+    vectors: np.ndarray  # float32 [n, E], the encoder's middle layer
+    targets: np.ndarray  # float64 [n, 2]: weak's score, the gain
+
+
+def route_fit(
+    read: Read, fitting: np.ndarray, test: np.ndarray, without_encoder: bool = False
+) -> dict[str, np.ndarray]:
+    """Expected gains of the test rows as `edgeft route fit --encoder` (and without it) blends them, and by head."""
+    found: dict[str, np.ndarray] = {}
+    for name, vectors in [("route fit", None)] * without_encoder + [("route fit --encoder", read.vectors)]:
+        of_fitting, of_test = (
+            (read.words[at], None if vectors is None else vectors[at], read.surface[at])
+            for at in (fitting, test)
+        )
+        tensors, _, block = heads_on(*of_fitting, read.targets[fitting])
+        parts = parts_on(tensors, block, *of_test)
+        found |= {head: part[:, 1] for head, part in parts.items() if head != "surface"}
+        found[name] = blended(tensors, parts)[:, 1]
+    return found
 
 
 def folds(n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -104,13 +137,9 @@ def _summary(
     return found
 
 
-def embeddings(folder: Path, name: str, texts: list[str], encoder: Path) -> np.ndarray:
-    """The encoder's vectors of texts, float32 [n, E]; kept in the user's cache by content, since they take minutes."""
-    from edgeft.files import sha256_json
-    from edgeft.home import cache_dir
-    from edgeft.router.embedding import load_encoder, read_spec
-
-    spec = read_spec(encoder)
+def embeddings(folder: Path, name: str, texts: list[str], encoder: Path, graph: str = GRAPH) -> np.ndarray:
+    """An encoder's vectors of texts, float32 [n, E]; kept in the user's cache by content, since they take minutes."""
+    spec = read_spec(encoder, graph)
     place = cache_dir(
         "bench-embeddings",
         f"{name}-{sha256_json([spec['graph_sha256'], spec['max_tokens'], texts])[:16]}.npy",

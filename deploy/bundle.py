@@ -15,6 +15,8 @@ from edgeft.deploy import archive, packages, preflight, templates
 from edgeft.deploy.signing import sign
 from edgeft.errors import UsageError
 from edgeft.profiles import Profile
+from edgeft.router.minilm_export import ROUTING
+from edgeft.router.policy import ENCODER
 from edgeft.types import Policy
 
 # What llama.cpp's wheels for x86 are compiled for (its default where the builder's own machine is not the yardstick).
@@ -72,7 +74,8 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
         for path in sorted(p for p in pack.rglob("*") if p.is_file()):
             files[f"packs/{pack.resolve().name}/{path.relative_to(pack).as_posix()}"] = path
     engines = {t.engine for t in targets}
-    files |= _packages(engines, arch, wanted)
+    encoder = {"encoder"} if f"policy/{ENCODER}/{ROUTING}" in files else set()
+    files |= _packages(engines | encoder, arch, wanted)
     config = {
         "host": "127.0.0.1", "port": wanted.port, "context": wanted.context, "threads": wanted.threads, "slots": wanted.slots,
     }  # fmt: skip

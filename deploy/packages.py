@@ -20,7 +20,7 @@ from edgeft.errors import EnvironmentFault
 from edgeft.files import sha256_file
 from edgeft.home import cache_dir
 
-EXTRAS = {"gguf": "gguf,serve", "onnx": "onnx,serve", "transformers": "compress,serve"}
+EXTRAS = {"gguf": "gguf,serve", "onnx": "onnx,serve", "transformers": "compress,serve", "encoder": "encoder"}
 MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 GLIBC = 36  # 2.36: Debian 12, Raspberry Pi OS of 2023; wheels that want a newer one don't run there
 LEAVE_OUT = ("__pycache__", ".pyc")

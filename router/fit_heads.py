@@ -20,30 +20,44 @@ def fit_heads(
     items: Sequence[Item], encoder: Path | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
     """(tensors, what is said of the heads, features block). Targets: the first candidate's score, the others' gains over it."""
-    quality = np.array([item.scores for item in items])
-    x = matrix([item.request for item in items])
-    fitted = ridge.fit_all(x, targets_of(quality))
+    texts = [item.request for item in items]
+    x, targets = matrix(texts), targets_of(np.array([item.scores for item in items]))
+    spec, vectors = None, None
+    if encoder:
+        from edgeft.router.embedding import encoded
+
+        spec, vectors = encoded(encoder, texts)
+    tensors, said, found = heads_on(x, vectors, surface.of(texts), targets)
+    if spec:
+        found["embedding"] |= spec
+    tensors |= {"seen.columns": (x != 0).any(0).astype(np.uint8), "seen.signatures": signatures(texts)}
+    said["tokens"] = _token_head(items, x, tensors)
+    return tensors, said, {**SPEC, **found}
+
+
+def heads_on(
+    x: np.ndarray, vectors: np.ndarray | None, looks: np.ndarray, targets: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
+    """(tensors, what is said, features block) of heads on hashed words [n, D], the encoder's vectors [n, E], `surface.of` [n, d]
+    and targets [n, K], blended."""
+    fitted = ridge.fit_all(x, targets)
     tensors = {
         "text.weights": np.array([f.weights for f in fitted], np.float32),
         "text.bias": np.array([f.bias for f in fitted], np.float32),
-        "seen.columns": (x != 0).any(0).astype(np.uint8),
-        "seen.signatures": signatures([item.request for item in items]),
     }
     said: dict[str, Any] = {
         "kind": "ridge on the first score and the gains over it",
         **{k: [getattr(f, k) for f in fitted] for k in ("strength", "loo_mse", "constant_mse")},
     }
-    said["tokens"] = _token_head(items, x, tensors)
-    features: dict[str, Any] = dict(SPEC)
-    targets = targets_of(quality)
+    features: dict[str, Any] = {}
     left_out = {"hashed": np.column_stack([head.left_out for head in fitted])}
-    if encoder:
-        from edgeft.router.embedding import fit_embedding
+    if vectors is not None:
+        from edgeft.router.embedding import vector_heads
 
-        more, said["embedding"], features["embedding"], others = fit_embedding(encoder, items, targets)
+        more, said["embedding"], features["embedding"], others = vector_heads(vectors, targets)
         tensors |= more
         left_out |= others
-    more, block, seen = surface.fit(surface.of([item.request for item in items]), targets)
+    more, block, seen = surface.fit(looks, targets)
     if blend.pays(list(left_out.values()), seen, targets):
         tensors |= more
         features["surface"] = block
@@ -54,6 +68,32 @@ def fit_heads(
     return tensors, said, features
 
 
+def parts_on(
+    tensors: Mapping[str, Any],
+    features: Mapping[str, Any],
+    x: np.ndarray,
+    vectors: np.ndarray | None,
+    looks: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """The outputs [n, K] of each head that `heads_on` fitted, in the order that they are blended in."""
+    hashed = x @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
+    parts = {"hashed": hashed}
+    if spec := features.get("embedding"):
+        from edgeft.router.embedding import parts_of
+
+        assert vectors is not None
+        parts["kernel"], parts["neighbours"] = parts_of(tensors, spec, vectors)
+    if spec := features.get("surface"):
+        assert looks is not None
+        parts["surface"] = surface.outputs(tensors, spec, looks)
+    return parts
+
+
+def blended(tensors: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The outputs [n, K] of the heads together."""
+    return blend.mix(tensors, list(parts.values())) if "blend" in tensors else parts["hashed"]
+
+
 def targets_of(quality: np.ndarray) -> np.ndarray:
     """What the heads learn: column 0 as it is, the others less column 0."""
     return np.column_stack([quality[:, 0], quality[:, 1:] - quality[:, :1]])
@@ -62,17 +102,14 @@ def targets_of(quality: np.ndarray) -> np.ndarray:
 def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Sequence[Item]) -> np.ndarray:
     """Expected scores [items, candidates] as `decide` computes them from these tensors."""
     texts = [item.request for item in items]
-    outputs = matrix(texts) @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
-    parts = [outputs]
+    vectors = None
     if spec := features.get("embedding"):
-        from edgeft.router.embedding import load_encoder, parts_of
+        from edgeft.router.embedding import load_encoder
 
         encoder = load_encoder(spec)
-        parts += parts_of(tensors, spec, np.array([encoder(text) for text in texts]))
-    if spec := features.get("surface"):
-        parts.append(surface.outputs(tensors, spec, surface.of(texts)))
-    if len(parts) > 1:
-        outputs = blend.mix(tensors, parts)
+        vectors = np.array([encoder(text) for text in texts])
+    looks = surface.of(texts) if features.get("surface") else None
+    outputs = blended(tensors, parts_on(tensors, features, matrix(texts), vectors, looks))
     gains = np.clip(outputs[:, 1:], -1.0, 1.0)
     return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])
 

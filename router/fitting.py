@@ -115,7 +115,7 @@ def fit(
         },
         seen_rows={**before, SEEN: sorted({h for item in joined.items for h in item.hashes})},
     )
-    return save_policy(policy, tensors, out)
+    return save_policy(policy, tensors, out, options.encoder)
 
 
 def ordered(joined: Joined, settings: Mapping[str, Any]) -> Joined:

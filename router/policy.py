@@ -3,10 +3,12 @@
 policy/policy.json           edgeft.types.Policy
 policy/weights.safetensors   see TENSORS
 policy/certificate.json      what `edgeft route calibrate` found; absent until then
+policy/encoder/              routing.onnx and tokenizer.json, where it has heads on an embedding
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +21,11 @@ from edgeft.files import read_json, sha256_file, sha256_json, staged_folder, wri
 from edgeft.router import privacy, rule
 from edgeft.router.draft_features import QUESTION
 from edgeft.router.features import SPEC
+from edgeft.router.minilm_export import ROUTING, TOKENIZER
 from edgeft.types import Policy
 
 MANIFEST, WEIGHTS, CERTIFICATE = "policy.json", "weights.safetensors", "certificate.json"
+ENCODER = "encoder"  # folder within a policy that has an embedding head
 FIT_AGAIN = "edgeft route fit report/ --weak ID --strong ID --out policy/"
 # K candidates, D hashed columns, E dimensions of the embedding, m landmarks, n fitting rows. Float32 where not said.
 # Column 0 of an output is the cheapest candidate's score; column i the gain of candidate i over it.
@@ -33,6 +37,7 @@ TENSORS = {
     "landmark.vectors": "[m, E]",
     "landmark.weights": "[m, K]",
     "landmark.bias": "[K]",
+    "embedding.mean": "[E], of the fitting rows; taken off before anything else",
     "memory.vectors": "float16 [n, E]",
     "memory.targets": "[n, K]",
     "blend": "[heads, K], heads: hashed, kernel, neighbours",
@@ -84,8 +89,10 @@ def policy_sha256(policy: Policy) -> str:
     return sha256_json([candidates, policy.features, policy.rule, policy.privacy, policy.cost])
 
 
-def save_policy(policy: Policy, tensors: dict[str, Any], out: Path) -> LoadedPolicy:
-    """Write the folder whole or not at all; returns the policy as it reads back."""
+def save_policy(
+    policy: Policy, tensors: dict[str, Any], out: Path, encoder: Path | None = None
+) -> LoadedPolicy:
+    """Write the folder whole or not at all, with what it needs of an encoder's folder; returns the policy as it reads back."""
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no policy; it is left alone.", "--out policy/")
     save_file = _safetensors().save_file
@@ -95,13 +102,18 @@ def save_policy(policy: Policy, tensors: dict[str, Any], out: Path) -> LoadedPol
         }
         save_file(plain, staging / WEIGHTS)
         policy.features["weights_sha256"] = sha256_file(staging / WEIGHTS)
+        if encoder:
+            (staging / ENCODER).mkdir()
+            for name in (ROUTING, TOKENIZER):
+                shutil.copyfile(encoder / name, staging / ENCODER / name)
+            policy.features["embedding"].pop("path")
         policy.save(staging / MANIFEST)
     return load_policy(out)
 
 
 def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
     """Read a policy folder. Raises UsageError where it is absent, damaged, of other features, or holds a setting that is
-    not known. `encoder` (text -> unit vector) is for tests; by default the policy's own is loaded when it has one.
+    not known. `encoder` (text -> vector) is for tests; by default the policy's own is loaded when it has one.
     """
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} holds no {MANIFEST}.", FIT_AGAIN)
@@ -118,7 +130,7 @@ def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
     if encoder is None and policy.features.get("embedding"):
         from edgeft.router.embedding import load_encoder
 
-        encoder = load_encoder(policy.features["embedding"])
+        encoder = load_encoder(policy.features["embedding"], folder / ENCODER)
     for name in ("seen.columns", "tokens.weights", "tokens.bias"):  # once, not at every decision
         if name in tensors:
             tensors[name] = tensors[name].astype(np.float64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tarfile
 from math import erf, sqrt
 
 import numpy as np
@@ -15,10 +17,10 @@ pytest.importorskip("tokenizers", reason="edgeft[onnx] is not installed")
 from safetensors.numpy import save_file
 
 from edgeft.errors import UsageError
-from edgeft.router import Options, decide, fit, load_policy
+from edgeft.router import Options, blend, decide, fit, load_policy
 from edgeft.router.blend import nonnegative
-from edgeft.router.embedding import fit_vectors, load_encoder, mix, nearest, read_spec
-from edgeft.router.minilm_export import export
+from edgeft.router.embedding import load_encoder, nearest, parts_of, read_spec, vector_heads
+from edgeft.router.minilm_export import ROUTING, export
 from tests.test_router import PAIR, WORDS, by_word, write_report
 
 SIZE, LAYERS, HEADS, WIDE = 32, 2, 4, 48
@@ -69,8 +71,8 @@ def tiny_bert(tmp_path_factory):
     return folder, weights
 
 
-def slow_bert(w: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
-    """Devlin et al. 2018, written out."""
+def slow_bert(w: dict[str, np.ndarray], ids: list[int], layers: int = LAYERS) -> np.ndarray:
+    """Devlin et al. 2018, written out: the mean over tokens after so many layers, of length 1 after the last."""
 
     def linear(name: str, x: np.ndarray) -> np.ndarray:
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -85,7 +87,7 @@ def slow_bert(w: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
         + w["embeddings.token_type_embeddings.weight"][0]
     )
     h = norm("embeddings.LayerNorm", h)
-    for i in range(LAYERS):
+    for i in range(layers):
         layer, mixed, width = f"encoder.layer.{i}.", np.zeros_like(h), SIZE // HEADS
         q, k, v = (linear(f"{layer}attention.self.{n}", h) for n in ("query", "key", "value"))
         for head in range(HEADS):
@@ -98,7 +100,7 @@ def slow_bert(w: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
         wide = wide * 0.5 * (1 + np.vectorize(erf)(wide / sqrt(2)))
         h = norm(f"{layer}output.LayerNorm", h + linear(f"{layer}output.dense", wide))
     mean = h.mean(0)
-    return mean / np.linalg.norm(mean)
+    return mean / np.linalg.norm(mean) if layers == LAYERS else mean
 
 
 def test_the_graph_is_the_encoder_to_8_bits(tiny_bert, tmp_path):
@@ -106,7 +108,7 @@ def test_the_graph_is_the_encoder_to_8_bits(tiny_bert, tmp_path):
 
     folder, weights = tiny_bert
     out = export(folder, tmp_path / "encoder")
-    encoder = load_encoder(read_spec(out))
+    encoder, routing = load_encoder(read_spec(out)), load_encoder(read_spec(out, ROUTING))
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -114,15 +116,22 @@ def test_the_graph_is_the_encoder_to_8_bits(tiny_bert, tmp_path):
         found, right = encoder(text), slow_bert(weights, tokenizer.encode(text).ids)
         assert found.shape == (SIZE,) and np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
         assert found @ right > 0.98
+        halfway, half = routing(text), slow_bert(weights, tokenizer.encode(text).ids, 1)
+        assert halfway @ half > 0.98 * np.linalg.norm(halfway) * np.linalg.norm(half)
+        assert np.linalg.norm(halfway) == pytest.approx(np.linalg.norm(half), rel=0.1)
     import onnx
     import onnxruntime
 
     config = json.loads((folder / "config.json").read_text())
-    onnx.save(minilm_export._Graph(dict(weights), config).model(), tmp_path / "float.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "float.onnx"), providers=["CPUExecutionProvider"])
     ids = tokenizer.encode("refund limit address").ids
-    exact = session.run(None, {"input_ids": np.array([ids])})[0]
-    np.testing.assert_allclose(exact, slow_bert(weights, ids), atol=2e-6)
+    for layers in (1, LAYERS):
+        made = minilm_export._Graph(dict(weights), config).model(layers, unit=layers == LAYERS)
+        onnx.save(made, tmp_path / "float.onnx")
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / "float.onnx"), providers=["CPUExecutionProvider"]
+        )
+        exact = session.run(None, {"input_ids": np.array([ids])})[0]
+        np.testing.assert_allclose(exact, slow_bert(weights, ids, layers), atol=4e-6)
 
 
 def test_a_policy_with_an_encoder_reads_back_and_misses_it_in_two_lines(tiny_bert, tmp_path, monkeypatch):
@@ -137,12 +146,20 @@ def test_a_policy_with_an_encoder_reads_back_and_misses_it_in_two_lines(tiny_ber
         decide(read, "refund my card").choice == "strong"
         and decide(read, "card limit address").choice == "weak"
     )
-    (out / "tokenizer.json").write_text("{}")
+    # The folder is whole: it may be moved, and the encoder's own may go.
+    shutil.rmtree(out)
+    (tmp_path / "policy").rename(tmp_path / "moved")
+    moved = load_policy(tmp_path / "moved")
+    assert decide(moved, "refund my card") == decide(made, "refund my card") and moved.sha256 == made.sha256
+    own = tmp_path / "moved" / "encoder" / "tokenizer.json"
+    own.write_text("{}")
     with pytest.raises(UsageError, match="is not the one that the policy was fitted with"):
-        load_policy(tmp_path / "policy")
-    (out / "tokenizer.json").unlink()
+        load_policy(tmp_path / "moved")
+    own.unlink()
     with pytest.raises(UsageError, match="sentence encoder is missing"):
-        load_policy(tmp_path / "policy")
+        load_policy(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"holds no encoder\.json"):
+        fit([report], PAIR, tmp_path / "other", Options(encoder=tmp_path / "r"))
     with pytest.raises(UsageError, match=r"holds no config\.json|holds no model\.safetensors"):
         export(tmp_path, tmp_path / "other")
 
@@ -152,14 +169,16 @@ def test_heads_on_vectors_predict_what_the_vectors_tell():
     vectors = chance.normal(size=(400, 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     targets = np.column_stack([vectors[:, 0], vectors[:, 1]]) + 0.1 * chance.normal(size=(400, 2))
-    tensors, said, spec = fit_vectors(vectors[:300], targets[:300], None)
-    found = mix(tensors, spec, vectors[300:], None)
-    assert np.corrcoef(found[:, 0], targets[300:, 0])[0, 1] > 0.9 and len(said["blend"]) == 2
+    for shift in (0.0, 5.0):  # what all vectors share says nothing
+        tensors, said, spec, left_out = vector_heads(vectors[:300] + shift, targets[:300])
+        for found in parts_of(tensors, spec, vectors[300:] + shift):
+            assert np.corrcoef(found[:, 0], targets[300:, 0])[0, 1] > 0.85
+    assert max(said["kernel_loo_mse"]) < 0.05 and list(left_out) == ["kernel", "neighbours"]
     noise = chance.normal(size=(300, 2))
-    tensors, _, spec = fit_vectors(vectors[:300], noise, None)
-    assert np.abs(mix(tensors, spec, vectors[300:], None) - noise.mean(0)).max() < 0.5, (
-        "noise is shrunk to the mean"
-    )
+    tensors, _, spec, left_out = vector_heads(vectors[:300], noise)
+    tensors |= blend.fit(list(left_out.values()), noise)
+    found = blend.mix(tensors, parts_of(tensors, spec, vectors[300:]))
+    assert np.abs(found - noise.mean(0)).max() < 0.5, "noise is shrunk to the mean"
 
 
 def test_nearest_against_a_full_sort_and_weights_are_never_negative():
@@ -170,3 +189,25 @@ def test_nearest_against_a_full_sort_and_weights_are_never_negative():
     x = chance.normal(size=(50, 3))
     np.testing.assert_allclose(nonnegative(list(x.T), x @ [0.5, 0.0, 2.0]), [0.5, 0, 2], atol=1e-9)
     assert nonnegative([x[:, 0]], -x[:, 0]).tolist() == [0]
+
+
+def test_a_bundle_takes_the_encoder_and_its_packages_along(tiny_bert, tmp_path):
+    from edgeft.deploy import Wanted, bundle
+    from edgeft.router.features import DIMENSIONS, SPEC
+    from edgeft.router.policy import save_policy
+    from edgeft.router.rule import DEFAULTS
+    from edgeft.types import Artifact, Policy
+    from tests.test_bundle import PI, artifact
+
+    weak = artifact(tmp_path / "dist" / "weak")
+    side = {"id": "weak", "kind": "artifact", "engine": "gguf", "path": str(weak), "price": None,
+            "artifact_sha256": Artifact.load(weak / "artifact.json").sha256}  # fmt: skip
+    encoder = export(tiny_bert[0], tmp_path / "encoder")
+    tensors = {"text.weights": np.zeros((1, DIMENSIONS), np.float32), "text.bias": np.zeros(1, np.float32)}
+    features = {**SPEC, "embedding": read_spec(encoder, ROUTING)}
+    save_policy(Policy("2026", [side], features, dict(DEFAULTS), {}), tensors, tmp_path / "policy", encoder)
+    bundle(Wanted([weak], PI, tmp_path / "policy", lock_only=True), tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        tar.extractall(tmp_path / "x", filter="data")
+    assert load_policy(tmp_path / "x" / "policy").encoder("card payment").shape == (SIZE,)
+    assert "edgeft[encoder,gguf,serve] @" in (tmp_path / "x" / "requirements.lock").read_text()
