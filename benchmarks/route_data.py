@@ -19,6 +19,7 @@ import numpy as np
 
 from edgeft.files import sha256_json
 from edgeft.home import cache_dir
+from edgeft.router import surface
 from edgeft.router.curves import routing_figures
 from edgeft.router.embedding import load_encoder, read_spec
 from edgeft.router.fit_heads import blended, heads_on, parts_on
@@ -59,7 +60,7 @@ class Read:
     """What the heads read of all rows, and what they learn."""
 
     words: np.ndarray  # float64 [n, D], `features.matrix`
-    surface: np.ndarray  # float64 [n, d], `surface.of`
+    looks: dict[str, np.ndarray]  # `surface.of`
     vectors: np.ndarray  # float32 [n, E], the encoder's middle layer
     targets: np.ndarray  # float64 [n, 2]: weak's score, the gain
 
@@ -71,12 +72,17 @@ def route_fit(
     found: dict[str, np.ndarray] = {}
     for name, vectors in [("route fit", None)] * without_encoder + [("route fit --encoder", read.vectors)]:
         of_fitting, of_test = (
-            (read.words[at], None if vectors is None else vectors[at], read.surface[at])
+            (
+                read.words[at],
+                None if vectors is None else vectors[at],
+                {k: v[at] for k, v in read.looks.items()},
+            )
             for at in (fitting, test)
         )
         tensors, _, block = heads_on(*of_fitting, read.targets[fitting])
         parts = parts_on(tensors, block, *of_test)
-        found |= {head: part[:, 1] for head, part in parts.items() if head != "surface"}
+        found |= {head: part[:, 1] for head, part in parts.items() if head not in surface.KINDS}
+        print("heads:", name, *parts, file=sys.stderr)
         found[name] = blended(tensors, parts)[:, 1]
     return found
 

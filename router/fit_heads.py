@@ -36,9 +36,9 @@ def fit_heads(
 
 
 def heads_on(
-    x: np.ndarray, vectors: np.ndarray | None, looks: np.ndarray, targets: np.ndarray
+    x: np.ndarray, vectors: np.ndarray | None, looks: Mapping[str, np.ndarray], targets: np.ndarray
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
-    """(tensors, what is said, features block) of heads on hashed words [n, D], the encoder's vectors [n, E], `surface.of` [n, d]
+    """(tensors, what is said, features block) of heads on hashed words [n, D], the encoder's vectors [n, E], `surface.of`
     and targets [n, K], blended."""
     fitted = ridge.fit_all(x, targets)
     tensors = {
@@ -57,11 +57,12 @@ def heads_on(
         more, said["embedding"], features["embedding"], others = vector_heads(vectors, targets)
         tensors |= more
         left_out |= others
-    more, block, seen = surface.fit(looks, targets)
-    if blend.pays(list(left_out.values()), seen, targets):
-        tensors |= more
-        features["surface"] = block
-        left_out["surface"] = seen
+    for kind, rows in looks.items():
+        more, block, seen = surface.fit(kind, rows, targets)
+        if blend.pays(list(left_out.values()), seen, targets):
+            tensors |= more
+            features[kind] = block
+            left_out[kind] = seen
     if len(left_out) > 1:
         tensors |= blend.fit(list(left_out.values()), targets)
         said["blend"] = dict(zip(left_out, tensors["blend"].tolist(), strict=True))
@@ -73,7 +74,7 @@ def parts_on(
     features: Mapping[str, Any],
     x: np.ndarray,
     vectors: np.ndarray | None,
-    looks: np.ndarray | None,
+    looks: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The outputs [n, K] of each head that `heads_on` fitted, in the order that they are blended in."""
     hashed = x @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
@@ -83,9 +84,9 @@ def parts_on(
 
         assert vectors is not None
         parts["kernel"], parts["neighbours"] = parts_of(tensors, spec, vectors)
-    if spec := features.get("surface"):
-        assert looks is not None
-        parts["surface"] = surface.outputs(tensors, spec, looks)
+    for kind, rows in looks.items():
+        if kind in features:
+            parts[kind] = surface.outputs(kind, tensors, features[kind]["width"], rows)
     return parts
 
 
@@ -108,7 +109,7 @@ def predicted(tensors: Mapping[str, Any], features: Mapping[str, Any], items: Se
 
         encoder = load_encoder(spec)
         vectors = np.array([encoder(text) for text in texts])
-    looks = surface.of(texts) if features.get("surface") else None
+    looks = surface.of(texts) if any(kind in features for kind in surface.KINDS) else {}
     outputs = blended(tensors, parts_on(tensors, features, matrix(texts), vectors, looks))
     gains = np.clip(outputs[:, 1:], -1.0, 1.0)
     return np.column_stack([outputs[:, 0], outputs[:, :1] + gains])

@@ -24,7 +24,7 @@ class Features:
     values: np.ndarray  # float64 [n]
     similarity: float  # to the training rows, 0..1: share of the text's weight in columns that training saw
     embedding: Any = None  # float32 [E], of length 1
-    surface: Any = None  # float64 [d]: `surface.numbers`, where the policy has such a head
+    looks: dict[str, Any] = field(default_factory=dict)  # head -> float64 [d], `surface.numbers`
     known: dict[str, Any] = field(
         default_factory=dict, compare=False, repr=False
     )  # what was computed of them already
@@ -39,7 +39,7 @@ def read(policy: LoadedPolicy, text: str) -> Features:
     """The features of a text. Runs the encoder where the policy has one; else pure arithmetic."""
     columns, values = arrays(text)
     embedding = policy.encoder(text) if policy.encoder else None
-    looks = surface.numbers(text) if "surface.weights" in policy.arrays else None
+    looks = {kind: surface.numbers(kind, text) for kind in surface.KINDS if kind in policy.policy.features}
     return Features(columns, values, similarity(policy, columns, values), embedding, looks)
 
 
@@ -62,8 +62,8 @@ def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
         from edgeft.router.embedding import parts_of
 
         parts += parts_of(policy.arrays, specs["embedding"], features.embedding[None])
-    if features.surface is not None:
-        parts.append(surface.outputs(policy.arrays, specs["surface"], features.surface[None]))
+    for kind, numbers in features.looks.items():
+        parts.append(surface.outputs(kind, policy.arrays, specs[kind]["width"], numbers[None]))
     return blend.mix(policy.arrays, parts)[0].tolist()
 
 

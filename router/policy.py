@@ -19,9 +19,9 @@ import numpy as np
 from edgeft.errors import UsageError, missing_extra
 from edgeft.files import read_json, sha256_file, sha256_json, staged_folder, write_json
 from edgeft.router import privacy, rule
-from edgeft.router.draft_features import QUESTION
 from edgeft.router.features import SPEC
 from edgeft.router.minilm_export import ROUTING, TOKENIZER
+from edgeft.router.surface import KINDS
 from edgeft.types import Policy
 
 MANIFEST, WEIGHTS, CERTIFICATE = "policy.json", "weights.safetensors", "certificate.json"
@@ -40,7 +40,8 @@ TENSORS = {
     "embedding.mean": "[E], of the fitting rows; taken off before anything else",
     "memory.vectors": "float16 [n, E]",
     "memory.targets": "[n, K]",
-    "blend": "[heads, K], heads: hashed, kernel, neighbours",
+    "looks.landmarks, .weights, .bias, .mean, .scale": "the head on what a text is made of; surface.*, that on its numbers",
+    "blend": "[heads, K], those of hashed, kernel, neighbours, looks, surface that there are",
     "blend.means": "[K]",
     "judge.landmarks, .weights, .bias, .mean, .scale": "the judge of drafts: router/cascade.py",
     "seen.columns": "uint8 [D], 1 where a fitting row had the column",
@@ -183,10 +184,10 @@ def check(policy: Policy, folder: Path) -> None:
     features = {
         k: v
         for k, v in policy.features.items()
-        if k not in ("weights_sha256", "embedding", "surface", "cascade")
+        if k not in ("weights_sha256", "embedding", "cascade", *KINDS)
     }
-    looks = policy.features.get("surface")
-    if features != SPEC or (looks is not None and tuple(looks.get("names", ())) != QUESTION):
+    named = {kind: policy.features[kind].get("names") for kind in KINDS if kind in policy.features}
+    if features != SPEC or any(names != list(KINDS[kind][0]) for kind, names in named.items()):
         raise UsageError(f"{folder}: the policy's features are not those of this edgeft.", FIT_AGAIN)
     if not policy.candidates or len({c["id"] for c in policy.candidates}) < len(policy.candidates):
         raise UsageError(f"{folder}: a policy needs candidates with names of their own.", FIT_AGAIN)

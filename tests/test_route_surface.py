@@ -39,7 +39,8 @@ def test_where_the_numbers_decide_the_head_is_kept_and_decide_reads_it(tmp_path)
     made = fit([report], PAIR, tmp_path / "policy")
     assert made.policy.features["surface"]["names"] == list(QUESTION)
     weights = made.policy.fitted["heads"]["blend"]
-    assert list(weights) == ["hashed", "surface"] and weights["surface"][1] > 0.5
+    assert list(weights) == ["hashed", "looks", "surface"]
+    assert weights["looks"][1] + weights["surface"][1] > 0.5
     read_back = load_policy(tmp_path / "policy")
     few, many = "card refund limit 17", "card 1 refund 22 limit 333 address 4444 payment 55555 transfer 6"
     assert (decide(read_back, few).choice, decide(read_back, many).choice) == ("weak", "strong")
@@ -55,7 +56,7 @@ def test_where_the_numbers_decide_the_head_is_kept_and_decide_reads_it(tmp_path)
 def test_where_words_decide_it_is_left_out(tmp_path):
     made = fit([write_report(tmp_path / "r", by_word(300, 2))], PAIR, tmp_path / "policy")
     assert "surface" not in made.policy.features and "blend" not in made.arrays
-    assert read(made, "refund my 12 cards").surface is None
+    assert read(made, "refund my 12 cards").looks == {}
 
 
 def test_a_head_pays_where_it_says_something_and_seldom_where_not():
@@ -79,7 +80,10 @@ def test_the_questions_numbers_are_those_that_the_judge_reads():
         n: judged[n] for n in QUESTION
     }
     assert set(question(prompt)) == set(QUESTION)
-    assert surface.numbers(prompt).shape == (len(QUESTION),) and np.isfinite(surface.numbers("")).all()
+    for kind, (names, _) in surface.KINDS.items():
+        for text in (prompt, "", "\n", "A. 1\nB. \nC. 3", "?" * 5000):
+            found = surface.numbers(kind, text)
+            assert found.shape == (len(names),) and np.isfinite(found).all()
 
 
 def test_a_policy_whose_surface_head_is_gone_is_refused(tmp_path):
