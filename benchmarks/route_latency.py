@@ -49,10 +49,16 @@ def main() -> None:
             "fit_rows": options.fit_rows,
             "characters_p50": float(np.median([len(t) for t in asked])),
         }
-        for name, encoder in (("hashed", None), ("with MiniLM", options.encoder)):
-            if name == "hashed" or encoder:
-                fit([table], ["weak", "strong"], Path(scratch, "policy"), Options(encoder=encoder))
+        for name, encoder, looks in (
+            ("hashed", None, False),
+            ("hashed and what pays of the looks", None, True),
+            ("with MiniLM", options.encoder, True),
+        ):
+            if name != "with MiniLM" or encoder:
+                chosen_options = Options(encoder=encoder, looks=looks)
+                fit([table], ["weak", "strong"], Path(scratch, "policy"), chosen_options)
                 policy = load_policy(Path(scratch, "policy"))
+                shown[f"heads: {name}"] = list(policy.policy.fitted["heads"].get("blend", ["hashed"]))
                 shown[name] = _times(asked, lambda text, p=policy: decide(p, text))  # type: ignore[misc]
         weights = np.array(policy.weights)
         shown["rival: dense numpy row"] = _times(asked, lambda text: matrix([text]) @ weights.T)

@@ -1,9 +1,10 @@
 """TTFT of a tenant's second request behind the same long system prompt, beside its first and beside another tenant's.
 
-    python benchmarks/serve_prefix.py MODEL.gguf [--rounds 10] [--tokens 1000]
+    python benchmarks/serve_prefix.py MODEL.gguf|ARTEFACT [--rounds 10] [--tokens 1000] [--slots 2]
 
-`edgeft serve` over one GGUF file with two slots and two keys. A round has a system prompt of its own: first and second question of
-tenant a, then the same of tenant b, who must not profit from a's; cached tokens as the engine tells them. Prints a table and one JSON line.
+`edgeft serve` over one GGUF file, or an artefact of another engine (`--slots 1` for ONNX), with two keys. A round has a system prompt of its
+own: first and second question of tenant a, then the same of tenant b, who must not profit from a's; cached tokens as the engine tells
+them. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from serving.stage import WORDS, environment, show
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("gguf", type=Path)
+    parser.add_argument("gguf", type=Path, metavar="MODEL.gguf|ARTEFACT")
+    parser.add_argument("--slots", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -36,7 +38,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch, names = Path(name), ["openai:http://127.0.0.1:9#local", "openai:http://127.0.0.1:9#other"]
         with edgeft(
-            names, scratch, model=names[0], gguf=options.gguf.resolve(), threads=options.threads, slots=2
+            names,
+            scratch,
+            model=names[0],
+            gguf=options.gguf.resolve(),
+            threads=options.threads,
+            slots=options.slots,
         ) as server:
             home = next(scratch.glob("edgeft-*")) / "home"
             made = subprocess.run(

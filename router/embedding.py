@@ -146,7 +146,10 @@ def parts_of(tensors: Mapping[str, Any], spec: Mapping[str, Any], vectors: np.nd
     if "embedding.mean" in tensors:  # policies on the last layer have none
         vectors = directions(vectors, tensors["embedding.mean"])
     kernel_part = (
-        kernel.gram(vectors, tensors["landmark.vectors"], spec["width"]) @ tensors["landmark.weights"]
+        kernel.gram(
+            vectors, tensors["landmark.vectors"], spec["width"], tensors.get("landmark.vectors.squared")
+        )
+        @ tensors["landmark.weights"]
         + tensors["landmark.bias"]
     )
     memory = np.asarray(tensors["memory.vectors"], np.float32)

@@ -17,7 +17,7 @@ from edgeft.router.reports import Item
 
 
 def fit_heads(
-    items: Sequence[Item], encoder: Path | None
+    items: Sequence[Item], encoder: Path | None, looks: bool = True
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any]]:
     """(tensors, what is said of the heads, features block). Targets: the first candidate's score, the others' gains over it."""
     texts = [item.request for item in items]
@@ -27,7 +27,7 @@ def fit_heads(
         from edgeft.router.embedding import encoded
 
         spec, vectors = encoded(encoder, texts)
-    tensors, said, found = heads_on(x, vectors, surface.of(texts), targets)
+    tensors, said, found = heads_on(x, vectors, surface.of(texts) if looks else {}, targets)
     if spec:
         found["embedding"] |= spec
     tensors |= {"seen.columns": (x != 0).any(0).astype(np.uint8), "seen.signatures": signatures(texts)}

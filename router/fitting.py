@@ -46,6 +46,7 @@ class Options:
     privacy: Mapping[str, Any] = field(default_factory=dict)
     rule: Mapping[str, Any] = field(default_factory=dict)  # settings beside the one that is chosen here
     encoder: Path | None = None  # folder of `edgeft route encoder`
+    looks: bool = True  # try the heads on what a request looks like
     cascade: bool = (
         False  # fit a judge of the cheapest candidate's drafts, and of a second local one's agreement
     )
@@ -73,7 +74,7 @@ def fit(
     if not options.allow_seen_rows:
         refuse_used(joined.items, before, "fit a router")
     to_fit, to_choose = halves(joined.items)
-    tensors, heads, features = fit_heads(to_fit, options.encoder)
+    tensors, heads, features = fit_heads(to_fit, options.encoder, options.looks)
     if options.cascade:
         more, features["cascade"] = fit_cascade(
             to_fit, joined.candidates, options.max_loss, options.judge_after

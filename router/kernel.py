@@ -73,11 +73,19 @@ def scaled(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return found
 
 
-def gram(x: np.ndarray, landmarks: np.ndarray, width: float) -> np.ndarray:
-    """The kernel of rows x [n, d] and landmarks [m, d]: float64 [n, m]."""
+def gram(x: np.ndarray, landmarks: np.ndarray, width: float, lengths: np.ndarray | None = None) -> np.ndarray:
+    """The kernel of rows x [n, d] and landmarks [m, d]: float64 [n, m]. `lengths` [m]: the landmarks' squared, where they are known."""
     x = np.asarray(x, np.float32)
-    squares = (x**2).sum(1)[:, None] + (landmarks**2).sum(1)[None] - 2 * x @ landmarks.T
+    if lengths is None:
+        lengths = squared(landmarks)
+    squares = (x**2).sum(1)[:, None] + lengths[None] - 2 * x @ landmarks.T
     return np.exp(-np.clip(squares, 0, None) / np.float32(width)).astype(np.float64)
+
+
+def squared(x: np.ndarray) -> np.ndarray:
+    """Squared lengths of rows [n, d]: [n]."""
+    found: np.ndarray = (x**2).sum(1)
+    return found
 
 
 def predict(head: Kernel, x: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@
     routing.onnx  the same of the middle layer, not scaled
 
 The last layer is trained to put what means the same side by side, which is what the semantic cache asks for. How hard a request is
-shows better in the middle of the network, in half the time (docs/benchmarks.md).
+shows better in the middle of the network, in half the time (docs/log.md).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from edgeft.errors import UsageError, missing_extra
 from edgeft.files import read_json, sha256_file, sha256_json, staged_folder, write_json
 from edgeft.router import privacy, rule
 from edgeft.router.features import SPEC
+from edgeft.router.kernel import squared
 from edgeft.router.minilm_export import ROUTING, TOKENIZER
 from edgeft.router.surface import KINDS
 from edgeft.types import Policy
@@ -132,13 +133,15 @@ def load_policy(folder: Path, encoder: Any = None) -> LoadedPolicy:
         from edgeft.router.embedding import load_encoder
 
         encoder = load_encoder(policy.features["embedding"], folder / ENCODER)
-    for name in ("seen.columns", "tokens.weights", "tokens.bias"):  # once, not at every decision
+    # What follows is computed once, not at every decision.
+    for name in ("seen.columns", "tokens.weights", "tokens.bias"):
         if name in tensors:
             tensors[name] = tensors[name].astype(np.float64)
     if "memory.vectors" in tensors:
-        tensors["memory.vectors"] = tensors["memory.vectors"].astype(
-            np.float32
-        )  # once, not at every decision
+        tensors["memory.vectors"] = tensors["memory.vectors"].astype(np.float32)
+    for name in ("landmark.vectors", *(f"{kind}.landmarks" for kind in KINDS)):
+        if name in tensors:
+            tensors[f"{name}.squared"] = squared(tensors[name])
     judge = None
     if block := policy.features.get("cascade"):
         from edgeft.router.cascade import load_judge

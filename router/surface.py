@@ -61,7 +61,8 @@ def outputs(kind: str, tensors: Mapping[str, Any], width: float, rows: np.ndarra
     """The head's outputs [n, K] of its numbers [n, d]."""
     x = kernel.scaled(rows, tensors[f"{kind}.mean"], tensors[f"{kind}.scale"])
     found: np.ndarray = (
-        kernel.gram(x, tensors[f"{kind}.landmarks"], width) @ tensors[f"{kind}.weights"]
+        kernel.gram(x, tensors[f"{kind}.landmarks"], width, tensors.get(f"{kind}.landmarks.squared"))
+        @ tensors[f"{kind}.weights"]
         + tensors[f"{kind}.bias"]
     )
     return found

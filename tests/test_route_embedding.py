@@ -187,8 +187,20 @@ def test_nearest_against_a_full_sort_and_weights_are_never_negative():
     np.testing.assert_array_equal(nearest(queries, memory, 7), np.argsort(-(queries @ memory.T), 1)[:, :7])
     assert not (nearest(memory, memory, 3, leave_out_self=True) == np.arange(700)[:, None]).any()
     x = chance.normal(size=(50, 3))
-    np.testing.assert_allclose(nonnegative(list(x.T), x @ [0.5, 0.0, 2.0]), [0.5, 0, 2], atol=1e-9)
-    assert nonnegative([x[:, 0]], -x[:, 0]).tolist() == [0]
+    np.testing.assert_allclose(nonnegative(list(x.T), x @ [0.5, 0.0, 2.0], 1e6), [0.5, 0, 2], atol=1e-9)
+    assert nonnegative([x[:, 0]], -x[:, 0], 1e6).tolist() == [0]
+
+
+def test_few_rows_leave_the_weights_of_a_blend_equal_and_many_move_them():
+    chance = np.random.default_rng(3)
+    x = 0.1 * chance.normal(size=(50000, 2))  # two heads that say little, of which one is right
+    target = x[:, 0] + chance.normal(size=50000)
+    few, many = (nonnegative([x[:n, 0], x[:n, 1]], target[:n]) for n in (100, 50000))
+    np.testing.assert_allclose(few, [0.5, 0.5], atol=0.2)
+    assert many[0] > 0.9 and many[1] < 0.1
+    # By hand, for one head: (x'y + p) / (x'x + p), p the penalty.
+    one, p = x[:100, 0], target[:100].var() / 0.2**2
+    assert nonnegative([one], target[:100])[0] == pytest.approx((one @ target[:100] + p) / (one @ one + p))
 
 
 def test_a_bundle_takes_the_encoder_and_its_packages_along(tiny_bert, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeft.files import sha256_file, sha256_json
+from edgeft.types import Artifact
 from serving.stage import WORDS, Server, environment, first_line, process
 
 EDGEFT = (sys.executable, "-m", "edgeft")
@@ -32,15 +33,26 @@ def edgeft(
     slots: int | None = None,
     promised_ttft_s: float | None = None,
 ) -> Iterator[Server]:
-    """`edgeft serve` over candidates (openai:URL#NAME), with a policy fitted on a table of random texts. `gguf` stands in
-    the first one's place where it is given. `slots` are of the first one; `promised_ttft_s` is what admission promises.
+    """`edgeft serve` over candidates (openai:URL#NAME), with a policy fitted on a table of random texts. `gguf`, a file or an
+    artefact's folder of whatever engine, stands in the first one's place where it is given. `slots` are of the first one;
+    `promised_ttft_s` is what admission promises.
     """
     place = Path(tempfile.mkdtemp(dir=scratch, prefix="edgeft-"))
     own = {"EDGEFT_HOME": str(place / "home")} | ({"OPENAI_API_KEY": upstream_key} if upstream_key else {})
     table = place / "table.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows(candidates)))
     names = [part for name in candidates for part in ("--candidate", name)]
-    fit = [*EDGEFT, "route", "fit", str(table), *names, "--out", str(place / "policy"), "--quiet"]
+    fit = [
+        *EDGEFT,
+        "route",
+        "fit",
+        str(table),
+        *names,
+        "--no-looks",
+        "--out",
+        str(place / "policy"),
+        "--quiet",
+    ]
     subprocess.run(fit, check=True, env=environment(**own), stdout=subprocess.DEVNULL)
     if gguf:
         make_local(place / "policy" / "policy.json", candidates[0], gguf)
@@ -70,16 +82,14 @@ def new_key(own: dict[str, str]) -> str:
 
 
 def make_local(policy: Path, name: str, gguf: Path) -> None:
-    """Put a GGUF file in a candidate's place: a table names nothing that could be served."""
+    """Put a GGUF file or an artefact in a candidate's place: a table names nothing that could be served."""
     value = json.loads(policy.read_text())
-    digest = sha256_json({gguf.name: sha256_file(gguf)})
-    local = {
-        "kind": "folder",
-        "engine": "gguf",
-        "path": str(gguf),
-        "artifact_sha256": digest,
-        "remote": False,
-    }
+    if gguf.is_dir():
+        made = Artifact.load(gguf / "artifact.json")
+        kind, engine, digest = "artifact", made.engine, made.sha256
+    else:
+        kind, engine, digest = "folder", "gguf", sha256_json({gguf.name: sha256_file(gguf)})
+    local = {"kind": kind, "engine": engine, "path": str(gguf), "artifact_sha256": digest, "remote": False}
     value["candidates"] = [{**c, **local} if c["id"] == name else c for c in value["candidates"]]
     policy.write_text(json.dumps(value))
 
