@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left, bisect_right
+from operator import mul
 
 WORD = re.compile(r"\w+")
 OFFERED = re.compile(r"^[ \t]*\(?(?:[A-Ja-j]|\d)[.):][ \t]+(.*)$", re.MULTILINE)
@@ -31,18 +33,24 @@ def looks(text: str) -> list[float]:
         offered = []
     stem = text[: offered[0].start()] if offered else text
     words = WORD.findall(text)
-    sizes, count = list(map(len, words)), len(words) or 1
-    mean = sum(sizes) / count
-    spread = math.sqrt(max(0.0, sum(size * size for size in sizes) / count - mean * mean))
+    sizes, count = sorted(map(len, words)), len(words) or 1
+    mean, spread = _mean_and_spread(sizes)
     raw = text.encode(errors="replace")
     characters = len(raw) or 1
     return [
         math.log1p(len(stem)), math.sqrt(max(map(len, stem.split(".")))), mean, spread,
-        sum(size >= LONG for size in sizes) / count, sum(size <= SHORT for size in sizes) / count,
+        (len(sizes) - bisect_left(sizes, LONG)) / count, bisect_right(sizes, SHORT) / count,
         _held(raw, CAPITALS) / characters, sum(map(str.isupper, words)) / count,
         len(set(map(str.lower, words))) / count, _held(raw, DIGITS) / characters, _held(raw, SIGNS) / characters,
         *_offers(stem, [m.group(1) for m in offered]),
     ]  # fmt: skip
+
+
+def _mean_and_spread(sizes: list[int]) -> tuple[float, float]:
+    """Mean and standard deviation; zeros of nothing."""
+    count = len(sizes) or 1
+    mean = sum(sizes) / count
+    return mean, math.sqrt(max(0.0, sum(map(mul, sizes, sizes)) / count - mean * mean))
 
 
 def _held(raw: bytes, some: bytes) -> int:
@@ -54,9 +62,8 @@ def _offers(stem: str, answers: list[str]) -> list[float]:
     """The last six of NAMES: zeros where nothing is offered."""
     if not answers:
         return [0.0] * 6
-    sizes, n = list(map(len, answers)), len(answers)
-    mean = sum(sizes) / n
-    spread = math.sqrt(max(0.0, sum(size * size for size in sizes) / n - mean * mean))
+    n = len(answers)
+    mean, spread = _mean_and_spread(list(map(len, answers)))
     numbers = sum(_held(a.encode(errors="replace"), DIGITS) >= NUMERIC * max(1, len(a)) for a in answers)
     words = [set(WORD.findall(answer.lower())) for answer in answers]
     asked = set(WORD.findall(stem.lower()))
