@@ -58,7 +58,7 @@ def main() -> None:
 
         if options.curve_seeds:
             shown[f"{count} fitting rows"] = route_data.cross_validated(
-                weak, strong, options.curve_seeds, few
+                weak, strong, options.curve_seeds, few, options.first_seed
             )
     print(json.dumps(shown, indent=1))
 

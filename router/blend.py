@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 SPREAD = 0.2  # standard deviation of the weights round equal ones, before the rows are seen
-Z = 0.5  # standard errors: a head that says nothing gets next to no weight, so little is lost by one kept for nothing
+FREE = 1e6  # as SPREAD: nothing is drawn anywhere
+Z = 0.5  # standard errors
 
 
-def fit(left_out: Sequence[np.ndarray], targets: np.ndarray) -> dict[str, np.ndarray]:
+def fit(left_out: Sequence[np.ndarray], targets: np.ndarray, spread: float = SPREAD) -> dict[str, np.ndarray]:
     """The tensors `blend` [heads, K] and `blend.means` [K] of the heads' leave-one-out predictions, each [n, K], and targets [n, K]."""
     means = targets.mean(0)
     weights = [
-        nonnegative([p[:, i] - means[i] for p in left_out], targets[:, i] - means[i])
+        nonnegative([p[:, i] - means[i] for p in left_out], targets[:, i] - means[i], spread)
         for i in range(targets.shape[1])
     ]
     return {"blend": np.column_stack(weights).astype(np.float32), "blend.means": means.astype(np.float32)}
@@ -39,12 +40,13 @@ def mix(tensors: Mapping[str, Any], parts: Sequence[np.ndarray]) -> np.ndarray:
 def pays(left_out: Sequence[np.ndarray], more: np.ndarray, targets: np.ndarray) -> bool:
     """Does the blend with one head more have a smaller left-out error of the gains (columns from 1), by Z standard errors over the rows?
 
-    Columns count by their own spread, so that each candidate weighs the same.
+    Columns count by their own spread, so that each candidate weighs the same. The weights compared are not drawn towards equal ones: one
+    head more would lower the others' share, which looks like a gain where they say too much.
     """
     gains = targets[:, 1:]
     spread = np.maximum(gains.var(0), 1e-12)
     without, with_it = (
-        (((mix(fit(parts, targets), parts)[:, 1:] - gains) ** 2) / spread).mean(1)
+        (((mix(fit(parts, targets, FREE), parts)[:, 1:] - gains) ** 2) / spread).mean(1)
         for parts in (list(left_out), [*left_out, more])
     )
     saved = without - with_it

@@ -71,6 +71,13 @@ def test_a_head_pays_where_it_says_something_and_seldom_where_not():
     ]
     assert sum(kept) < 20
     assert not blend.pays([targets], np.column_stack([noise[:, 0], noise[:, 0]]), targets)
+    # Beside a head that is there already, one more must not be taken for drawing that one's weight down.
+    there = np.column_stack([np.zeros(500), signal[:, 0] + 2 * chance.normal(size=500)])
+    kept = [
+        blend.pays([there], np.column_stack([np.zeros(500), 0.01 * chance.normal(size=500)]), targets)
+        for _ in range(40)
+    ]
+    assert sum(kept) < 16
 
 
 def test_the_questions_numbers_are_those_that_the_judge_reads():
