@@ -15,13 +15,17 @@ from edgeft.deploy import archive, packages, preflight, templates
 from edgeft.deploy.signing import sign
 from edgeft.errors import UsageError
 from edgeft.profiles import Profile
-from edgeft.router.minilm_export import ROUTING
+from edgeft.router.minilm_export import ROUTING, TOKENIZER
 from edgeft.router.policy import ENCODER
 from edgeft.types import Policy
 
 # What llama.cpp's wheels for x86 are compiled for (its default where the builder's own machine is not the yardstick).
 # What the wheels take from the system; a Debian of essential packages alone has neither.
-LIBRARIES = {"gguf": ("libstdc++.so.6", "libgomp.so.1"), "onnx": ("libstdc++.so.6",)}
+LIBRARIES = {
+    "gguf": ("libstdc++.so.6", "libgomp.so.1"),
+    "onnx": ("libstdc++.so.6",),
+    "encoder": ("libstdc++.so.6",),
+}
 CPU_FLAGS = {("gguf", "amd64"): ("avx2", "bmi2", "f16c", "fma")}
 
 
@@ -61,7 +65,8 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
     """(name -> file or content, manifest without it and its sums)."""
     arch = wanted.arch or preflight.arch_of(wanted.profile)
     targets, policy_files, policy_facts = _choose(wanted)
-    need = preflight.memory_bytes(targets, wanted.context, wanted.slots)
+    encoder = {"encoder"} if f"{ENCODER}/{ROUTING}" in policy_files else set()
+    need = preflight.memory_bytes(targets, wanted.context, wanted.slots, bool(encoder))
     preflight.refuse_too_big(need, wanted.profile, wanted.context, wanted.slots)
     files: dict[str, archive.Source] = {}
     for target in targets:
@@ -74,7 +79,6 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
         for path in sorted(p for p in pack.rglob("*") if p.is_file()):
             files[f"packs/{pack.resolve().name}/{path.relative_to(pack).as_posix()}"] = path
     engines = {t.engine for t in targets}
-    encoder = {"encoder"} if f"policy/{ENCODER}/{ROUTING}" in files else set()
     files |= _packages(engines | encoder, arch, wanted)
     config = {
         "host": "127.0.0.1", "port": wanted.port, "context": wanted.context, "threads": wanted.threads, "slots": wanted.slots,
@@ -97,7 +101,7 @@ def contents(wanted: Wanted) -> tuple[dict[str, archive.Source], dict[str, Any]]
             "memory_bytes": int(need["total"]),
             "memory": {k: v for k, v in need.items() if isinstance(v, dict)},
             "disk_bytes": preflight.disk_bytes(files),
-            "libraries": sorted({name for e in engines for name in LIBRARIES.get(e, ())}),
+            "libraries": sorted({name for e in engines | encoder for name in LIBRARIES.get(e, ())}),
             "cpu_flags": sorted({flag for e in engines for flag in CPU_FLAGS.get((e, arch), ())}),
         },
         "artifacts": [
@@ -137,6 +141,14 @@ def _choose(wanted: Wanted) -> tuple[list[Target], dict[str, archive.Source], di
     files = {
         p.relative_to(wanted.policy).as_posix(): p for p in sorted(wanted.policy.rglob("*")) if p.is_file()
     }
+    if (
+        policy.features.get("embedding")
+        and not {f"{ENCODER}/{n}" for n in (ROUTING, TOKENIZER)} <= files.keys()
+    ):
+        raise UsageError(
+            f"{wanted.policy} does not hold its sentence encoder, so it would not load on another box.",
+            "edgeft route fit … --encoder DIR, which puts it there",
+        )
     return chosen, dict(files), {"kind": "policy", "candidates": [c["id"] for c in policy.candidates]}
 
 

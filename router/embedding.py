@@ -69,7 +69,7 @@ def load_encoder(spec: Mapping[str, Any], inside: Path | None = None) -> Encoder
                         ENCODE + ", then fit again",
                     )
             return OnnxEncoder(folder, spec["max_tokens"], graph)
-    sought = inside or named[0]
+    sought = [*named, *([inside] if inside else []), cache_dir("encoders", "minilm")][0]
     raise UsageError(f"the policy's sentence encoder is missing: there is no {sought / graph}.", ENCODE)
 
 

@@ -23,7 +23,7 @@ class Features:
     columns: np.ndarray  # int64 [n]: hashed words and word pairs
     values: np.ndarray  # float64 [n]
     similarity: float  # to the training rows, 0..1: share of the text's weight in columns that training saw
-    embedding: Any = None  # float32 [E], of length 1
+    embedding: Any = None  # float32 [E], as the encoder gives it
     looks: dict[str, Any] = field(default_factory=dict)  # head -> float64 [d], `surface.numbers`
     known: dict[str, Any] = field(
         default_factory=dict, compare=False, repr=False

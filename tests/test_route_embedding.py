@@ -203,7 +203,7 @@ def test_few_rows_leave_the_weights_of_a_blend_equal_and_many_move_them():
     assert nonnegative([one], target[:100])[0] == pytest.approx((one @ target[:100] + p) / (one @ one + p))
 
 
-def test_a_bundle_takes_the_encoder_and_its_packages_along(tiny_bert, tmp_path):
+def test_a_bundle_takes_the_encoder_and_its_packages_along(tiny_bert, tmp_path, monkeypatch):
     from edgeft.deploy import Wanted, bundle
     from edgeft.router.features import DIMENSIONS, SPEC
     from edgeft.router.policy import save_policy
@@ -218,8 +218,16 @@ def test_a_bundle_takes_the_encoder_and_its_packages_along(tiny_bert, tmp_path):
     tensors = {"text.weights": np.zeros((1, DIMENSIONS), np.float32), "text.bias": np.zeros(1, np.float32)}
     features = {**SPEC, "embedding": read_spec(encoder, ROUTING)}
     save_policy(Policy("2026", [side], features, dict(DEFAULTS), {}), tensors, tmp_path / "policy", encoder)
-    bundle(Wanted([weak], PI, tmp_path / "policy", lock_only=True), tmp_path / "a.tar")
+    manifest = bundle(Wanted([weak], PI, tmp_path / "policy", lock_only=True), tmp_path / "a.tar")
+    assert manifest["needs"]["memory"] and manifest["needs"]["memory_bytes"] > 150e6 + 90e6
     with tarfile.open(tmp_path / "a.tar") as tar:
         tar.extractall(tmp_path / "x", filter="data")
     assert load_policy(tmp_path / "x" / "policy").encoder("card payment").shape == (SIZE,)
     assert "edgeft[encoder,gguf,serve] @" in (tmp_path / "x" / "requirements.lock").read_text()
+    (tmp_path / "policy" / "encoder" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    monkeypatch.setenv("EDGEFT_HOME", str(tmp_path / "home"))
+    shutil.copytree(encoder, tmp_path / "home" / "encoders" / "minilm")
+    load_policy(tmp_path / "policy")  # out of this user's cache, which the box has not
+    with pytest.raises(UsageError, match="does not hold its sentence encoder"):
+        bundle(Wanted([weak], PI, tmp_path / "policy", lock_only=True), tmp_path / "b.tar")
+    assert not (tmp_path / "b.tar").exists()

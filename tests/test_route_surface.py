@@ -71,13 +71,15 @@ def test_a_head_pays_where_it_says_something_and_seldom_where_not():
     ]
     assert sum(kept) < 20
     assert not blend.pays([targets], np.column_stack([noise[:, 0], noise[:, 0]]), targets)
-    # Beside a head that is there already, one more must not be taken for drawing that one's weight down.
-    there = np.column_stack([np.zeros(500), signal[:, 0] + 2 * chance.normal(size=500)])
-    kept = [
-        blend.pays([there], np.column_stack([np.zeros(500), 0.01 * chance.normal(size=500)]), targets)
-        for _ in range(40)
-    ]
-    assert sum(kept) < 16
+    # Beside a head that says too much, one that says nothing must not be kept for drawing the other's weight down.
+    kept = []
+    for _ in range(40):
+        targets = np.column_stack([np.zeros(500), chance.normal(size=500)])
+        there, silent = (
+            np.column_stack([np.zeros(500), scale * chance.normal(size=500)]) for scale in (0.1, 0.01)
+        )
+        kept.append(blend.pays([there], silent, targets))
+    assert sum(kept) < 10
 
 
 def test_the_questions_numbers_are_those_that_the_judge_reads():
