@@ -26,7 +26,7 @@ from edgeft.router.certificate import (
 from edgeft.router.decision import decide, removed_for
 from edgeft.router.drift import observe, reference
 from edgeft.router.evaluation import escalated_drafts, same_candidates
-from edgeft.router.heads import read, scores_of
+from edgeft.router.heads import cluster_of, read, scores_of
 from edgeft.router.policy import (
     CERTIFICATE,
     MANIFEST,
@@ -143,10 +143,11 @@ def certify_items(
 
 
 def observation(policy: LoadedPolicy, text: str) -> dict[str, float]:
-    """What the drift alarm keeps of a request: the predicted gain of the strongest, the length, the similarity to the fitting rows."""
+    """What the drift alarm keeps of a request: the predicted gain of the strongest, the length, the similarity to the fitting rows, the
+    nearest of their clusters."""
     features = read(policy, text)
     scores = scores_of(policy, features)
-    return observe(scores[-1] - scores[0], len(text), features.similarity)
+    return observe(scores[-1] - scores[0], len(text), features.similarity, cluster_of(policy, features))
 
 
 def choices_by_rule(

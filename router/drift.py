@@ -1,4 +1,4 @@
-"""Does traffic still look like the calibration rows? Scores, lengths and similarity to the fitting rows, binned, by a chi-square test.
+"""Does traffic still look like the calibration rows? Scores, lengths, similarity to the fitting rows and their clusters, by a chi-square test.
 
 Alarms at p below FALSE_ALARMS over all features together, looked at once a window: a certificate is then suspended, not changed.
 """
@@ -14,12 +14,14 @@ import numpy as np
 BINS = 10
 WINDOW = 500  # requests a look; fewer than 20 expected a bin say little
 FALSE_ALARMS = 0.001  # of a look without drift
-FEATURES = ("gain", "log_characters", "similarity")
+FEATURES = ("gain", "log_characters", "similarity")  # in bins
+CLUSTER = "cluster"  # counted as it is, where the policy has clusters
 
 
-def observe(gain: float, characters: int, similarity: float) -> dict[str, float]:
+def observe(gain: float, characters: int, similarity: float, cluster: int | None = None) -> dict[str, float]:
     """What the alarm keeps of one request: no text."""
-    return {"gain": gain, "log_characters": math.log1p(characters), "similarity": similarity}
+    found = {"gain": gain, "log_characters": math.log1p(characters), "similarity": similarity}
+    return found if cluster is None else {**found, CLUSTER: cluster}
 
 
 def reference(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -30,16 +32,26 @@ def reference(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]))
         counts = np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1)
         found[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    if rows and all(CLUSTER in row for row in rows):
+        found[CLUSTER] = {"counts": np.bincount([int(row[CLUSTER]) for row in rows]).tolist()}
     return found
 
 
 def alarm(known: Mapping[str, Any], window: Sequence[Mapping[str, float]]) -> str | None:
     """Why the window does not look like the reference, or None. Both samples count: Pearson's test of two rows of counts."""
-    for name in FEATURES:
-        edges, before = np.array(known[name]["edges"]), np.array(known[name]["counts"], float)
-        now = np.bincount(
-            np.searchsorted(edges, [row[name] for row in window], side="right"), minlength=len(before)
-        ).astype(float)
+    names = [name for name in (*FEATURES, CLUSTER) if name in known and all(name in row for row in window)]
+    for name in names:
+        values = [row[name] for row in window]
+        places = (
+            np.searchsorted(known[name]["edges"], values, side="right")
+            if name != CLUSTER
+            else np.array(values, int)
+        )
+        before = np.array(known[name]["counts"], float)
+        before = np.pad(
+            before, (0, max(0, int(places.max()) + 1 - len(before)))
+        )  # a cluster that no row was in
+        now = np.bincount(places, minlength=len(before)).astype(float)
         there = before + now > 0
         before, now = before[there], now[there]
         if len(before) < 2:
@@ -52,7 +64,7 @@ def alarm(known: Mapping[str, Any], window: Sequence[Mapping[str, float]]) -> st
             ).sum()
         )
         p = chi_square_tail(statistic, len(before) - 1)
-        if p < FALSE_ALARMS / len(FEATURES):
+        if p < FALSE_ALARMS / len(names):
             return f"{name} of the last {len(window)} requests (p = {p:.1g})"
     return None
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgeft.errors import UsageError
-from edgeft.router import blend, ridge, surface
+from edgeft.router import blend, clusters, ridge, surface
 from edgeft.router.drafts import Draft
 from edgeft.router.duplicates import signatures
 from edgeft.router.features import SPEC, matrix
@@ -31,6 +31,8 @@ def fit_heads(
     if spec:
         found["embedding"] |= spec
     tensors |= {"seen.columns": (x != 0).any(0).astype(np.uint8), "seen.signatures": signatures(texts)}
+    if (centres := clusters.fit(x)) is not None:
+        tensors["clusters"] = centres
     said["tokens"] = _token_head(items, x, tensors)
     return tensors, said, {**SPEC, **found}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeft.router import blend, surface
+from edgeft.router import blend, clusters, surface
 from edgeft.router.features import arrays
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) ->
     if seen is None:
         return 1.0
     return float(values * values @ seen[columns])
+
+
+def cluster_of(policy: LoadedPolicy, features: Features) -> int | None:
+    """The cluster of training texts that a text is nearest to; None where the policy has none."""
+    centres = policy.arrays.get("clusters")
+    return None if centres is None else clusters.nearest(centres, features.columns, features.values)
 
 
 def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:

@@ -45,6 +45,7 @@ TENSORS = {
     "blend": "[heads, K], those of hashed, kernel, neighbours, looks, surface that there are",
     "blend.means": "[K]",
     "judge.landmarks, .weights, .bias, .mean, .scale": "the judge of drafts: router/cascade.py",
+    "clusters": "int8 [k, D], centres of the fitting rows: router/clusters.py",
     "seen.columns": "uint8 [D], 1 where a fitting row had the column",
     "seen.signatures": "uint32 [n, 32], MinHash of the fitting rows",
 }

@@ -37,13 +37,13 @@ class DriftWatch:
         self.since_look = 0
         self.suspended_because: str | None = None
 
-    def saw(self, decision: Decision, characters: int, similarity: float) -> bool:
-        """Count one decided request (length of its last user message, `Features.similarity`); True where the certificate is to be
-        suspended from now on (`State(suspended=True)`). A decision for which a candidate was removed is not counted: its gain is not
-        that of cheapest against strongest, and the certificate does not speak of it."""
+    def saw(self, decision: Decision, characters: int, similarity: float, cluster: int | None = None) -> bool:
+        """Count one decided request (length of its last user message, `Features.similarity`, `heads.cluster_of`); True where the
+        certificate is to be suspended from now on (`State(suspended=True)`). A decision for which a candidate was removed is not counted:
+        its gain is not that of cheapest against strongest, and the certificate does not speak of it."""
         if self.known is None or decision.removed:
             return self.suspended_because is not None
-        self.window.append(drift.observe(decision.predicted_gain, characters, similarity))
+        self.window.append(drift.observe(decision.predicted_gain, characters, similarity, cluster))
         self.since_look += 1
         if self.since_look >= LOOK_EVERY and self.suspended_because is None:
             self.since_look = 0

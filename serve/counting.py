@@ -91,7 +91,7 @@ def finished(proxy: Proxy, reply: Reply) -> None:
             always_api_usd=always,
         )
     if plan is not None and plan.decision is not None and proxy.watch and plan.policy is proxy.policy:
-        proxy.watch.saw(plan.decision, len(plan.request.text), plan.similarity, cost)
+        proxy.watch.saw(plan.decision, len(plan.request.text), plan.similarity, plan.cluster, cost)
     if proxy.decisions and plan is not None:
         proxy.decisions.write(
             now(), reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,

@@ -22,10 +22,17 @@ class Watch:
         self.suspend = suspend
         self.task: asyncio.Task[object] | None = None
 
-    def saw(self, decision: Decision, characters: int, similarity: float, cost_usd: float | None) -> None:
+    def saw(
+        self,
+        decision: Decision,
+        characters: int,
+        similarity: float,
+        cluster: int | None,
+        cost_usd: float | None,
+    ) -> None:
         """A request that was decided is over."""
         before = self.drift.suspended_because
-        if self.drift.saw(decision, characters, similarity) and before is None:
+        if self.drift.saw(decision, characters, similarity, cluster) and before is None:
             why = str(self.drift.suspended_because)
             log.error("the certificate is suspended: drift in %s", why)
             if self.suspend is not None:

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from edgeft.router import drift
+from edgeft.router import clusters, drift
+from edgeft.router.features import arrays, matrix
 from edgeft.router.figures import tradeoff_choices
 from edgeft.router.watching import LOOK_EVERY, BudgetWatch, DriftWatch
 from edgeft.types import Decision
@@ -106,3 +107,37 @@ def test_where_the_budget_is_spent_only_the_cheapest_answers():
     assert watch.price_of_cost is not None
     scores, costs = np.array([[0.5, 1.0]]), np.array([[0.0, 1.0]])
     assert tradeoff_choices(scores, costs, watch.price_of_cost).tolist() == [0]
+
+
+def test_another_mix_of_topics_raises_the_alarm_where_scores_and_lengths_do_not():
+    chance = np.random.default_rng(5)
+    topics = [
+        [f"{topic}{i}" for i in range(30)] for topic in ("card", "loan", "rate", "form")
+    ]  # no word in common
+
+    def texts(n: int, odds: list[float]) -> list[str]:
+        return [" ".join(chance.choice(topics[t], 12)) for t in chance.choice(4, n, p=odds)]
+
+    even, skewed = [0.25] * 4, [0.55, 0.15, 0.15, 0.15]
+    centres = clusters.fit(matrix(texts(400, even)))
+    assert centres is not None and centres.dtype == np.int8 and len(centres) == clusters.MOST
+
+    def rows(n: int, odds: list[float]) -> list[dict[str, float]]:
+        own = [clusters.nearest(centres, *arrays(text)) for text in texts(n, odds)]
+        return [drift.observe(chance.normal(), int(chance.integers(50, 90)), chance.random(), c) for c in own]
+
+    of_topic = [
+        {clusters.nearest(centres, *arrays(" ".join(chance.choice(words, 12)))) for _ in range(50)}
+        for words in topics
+    ]
+    assert not any(a & b for i, a in enumerate(of_topic) for b in of_topic[:i]), "no cluster has two topics"
+    known = drift.reference(rows(800, even))
+    assert sum(drift.alarm(known, rows(drift.WINDOW, even)) is not None for _ in range(50)) <= 2
+    assert (drift.alarm(known, rows(drift.WINDOW, skewed)) or "").startswith("cluster")
+    # A cluster that no calibration row was in, and a certificate from before there were clusters.
+    elsewhere = [{**row, "cluster": 7 + (i % 2)} for i, row in enumerate(rows(drift.WINDOW, even))]
+    assert (drift.alarm(known, elsewhere) or "").startswith("cluster")
+    del known["cluster"]
+    assert drift.alarm(known, rows(drift.WINDOW, skewed)) is None
+    assert clusters.fit(matrix(texts(40, even))) is None and clusters.nearest(centres, *arrays("")) == 0
+    assert clusters.fit(matrix(["the same"] * 100)) is not None
