@@ -10,6 +10,9 @@ shows better in the middle of the network, in half the time (docs/log.md).
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,10 @@ def export(source: Path, out: Path) -> Path:
             onnx.save(_Graph(weights, config).model(count, unit=name == GRAPH), whole)
             # 7 bits: onnxruntime's products of 8 saturate on x86 without VNNI, and a policy that was moved to another box
             # would read other vectors there. As fast, and no further from float32.
-            quantize_dynamic(
-                whole, staging / name, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
-            )
+            with _without_advice():
+                quantize_dynamic(
+                    whole, staging / name, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+                )
         whole.unlink()
         (staging / TOKENIZER).write_bytes((source / TOKENIZER).read_bytes())
         card = {
@@ -67,6 +71,17 @@ def export(source: Path, out: Path) -> Path:
         }  # fmt: skip
         write_json(staging / CARD, card)
     return out
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """onnxruntime warns of a step before quantizing that these graphs do not need."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Graph:
