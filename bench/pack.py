@@ -166,7 +166,6 @@ def fill(
         print(f"progress: {index + 1}/{len(encoded)} rows")
     file = Path(out, ARRAYS)
     save_file({name: np.concatenate(v) for name, v in parts.items()}, file)
-    file.chmod(0o644)  # made for its owner alone
     return {
         "tokenizer_sha256": tokenizer_hash(Path(reference)),
         "vocabulary": vocabulary,

@@ -303,6 +303,7 @@ def test_equal_texts_stay_in_one_half(tmp_path):
 def test_a_policy_reads_back_as_it_was_fitted(tmp_path):
     report = write_report(tmp_path / "r", by_word(100, 3))
     made = fit([report], PAIR, tmp_path / "policy")
+    assert (tmp_path / "policy" / "weights.safetensors").stat().st_mode & 0o044, "a service is another user"
     read = load_policy(tmp_path / "policy")
     assert read == made
     assert (
