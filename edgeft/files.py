@@ -120,7 +120,8 @@ def staged_folder(target: Path, staging_root: Path | None = None) -> Iterator[Pa
             yield staging
             for path in staging.rglob("*"):
                 if path.suffix == ".safetensors" and path.is_file():
-                    path.chmod(0o644)  # safetensors 0.8 writes for its owner alone, and a service is another user
+                    # safetensors 0.8 writes for its owner alone, and a service is another user.
+                    path.chmod(0o644)
                 if path.is_file() or path.is_dir():
                     flush(path)
             flush(staging)

@@ -76,8 +76,8 @@ def serve(config: Config, reread: Any = None) -> int:
 
 
 def one_arena() -> None:
-    """Have glibc take all memory from one pool. Freed pieces of one thread's pool are no use to another's: with a pool a thread the
-    proxy grew by 50 KiB a minute for as long as it ran (benchmarks/serve_memory.py), with one by 5. Other C libraries: nothing."""
+    """Have glibc take all memory from one pool: freed pieces of one thread's are no use to another's, and a proxy that runs for weeks must
+    not grow by them (what soaks showed: docs/benchmarks.md). Other C libraries: nothing."""
     if "MALLOC_ARENA_MAX" in os.environ:
         return
     with suppress(OSError, AttributeError):
