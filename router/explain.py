@@ -10,7 +10,7 @@ from zlib import crc32
 from edgeft.router import rule
 from edgeft.router.decision import NOBODY, decide, in_force
 from edgeft.router.features import DIMENSIONS, MAX_CHARACTERS, WORD
-from edgeft.router.heads import read
+from edgeft.router.heads import Features, read, spoke_by_head
 from edgeft.router.policy import LoadedPolicy
 from edgeft.router.request import Request, as_request
 
@@ -27,22 +27,26 @@ def explain(policy: LoadedPolicy, request: Request | str) -> dict[str, Any]:
     return {
         **asdict(decision),
         "similarity": features.similarity,
-        "spoke": spoke(policy, asked.text, features.sparse),
+        "spoke_by_head": spoke_by_head(policy, features),
+        "spoke": spoke(policy, asked.text, features),
         "rule": {k: v for k, v in settings.items() if v is not None},
         "would_change_it": changes(policy, asked, decision.choice),
         "certificate": certificate_line(policy),
     }
 
 
-def spoke(policy: LoadedPolicy, text: str, sparse: dict[int, float]) -> list[dict[str, Any]]:
-    """The words and pairs that moved the strongest's predicted gain most by the hashed head; those that share a column are one."""
+def spoke(policy: LoadedPolicy, text: str, features: Features) -> list[dict[str, Any]]:
+    """The words and pairs that moved the strongest's predicted gain most by the hashed head, at its weight in the blend; those that
+    share a column are one."""
     words = WORD.findall(text[:MAX_CHARACTERS].lower())
     grams: dict[int, list[str]] = {}
     for gram in dict.fromkeys([*words, *(f"{a} {b}" for a, b in pairwise(words))]):
         grams.setdefault(crc32(gram.encode(errors="replace")) % DIMENSIONS, []).append(gram)
     row = policy.weights[-1]
+    weight = float(policy.arrays["blend"][0, -1]) if "blend" in policy.arrays else 1.0
     moved = sorted(
-        ((row[column] * value, column) for column, value in sparse.items()), key=lambda m: -abs(m[0])
+        ((weight * row[column] * value, column) for column, value in features.sparse.items()),
+        key=lambda m: -abs(m[0]),
     )
     return [
         {"text": " / ".join(grams.get(column, [])), "gain": part} for part, column in moved[:SPOKE] if part

@@ -13,6 +13,7 @@ from edgeft.router import blend, clusters, ridge, surface
 from edgeft.router.drafts import Draft
 from edgeft.router.duplicates import signatures
 from edgeft.router.features import SPEC, matrix
+from edgeft.router.heads import by_head
 from edgeft.router.reports import Item
 
 
@@ -80,16 +81,7 @@ def parts_on(
 ) -> dict[str, np.ndarray]:
     """The outputs [n, K] of each head that `heads_on` fitted, in the order that they are blended in."""
     hashed = x @ tensors["text.weights"].T.astype(float) + tensors["text.bias"].astype(float)
-    parts = {"hashed": hashed}
-    if spec := features.get("embedding"):
-        from edgeft.router.embedding import parts_of
-
-        assert vectors is not None
-        parts["kernel"], parts["neighbours"] = parts_of(tensors, spec, vectors)
-    for kind, rows in looks.items():
-        if kind in features:
-            parts[kind] = surface.outputs(kind, tensors, features[kind]["width"], rows)
-    return parts
+    return by_head(tensors, features, hashed, vectors, looks)
 
 
 def blended(tensors: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> np.ndarray:

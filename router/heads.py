@@ -4,6 +4,7 @@ neighbours and on the text's surface where the policy has them. Column 0 is the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +64,47 @@ def outputs_of(policy: LoadedPolicy, features: Features) -> list[float]:
     text = features.values @ weights + policy.bias_row
     if "blend" not in policy.arrays:
         return text.tolist()
-    parts, specs = [text[None]], policy.policy.features
-    if features.embedding is not None:
+    return blend.mix(policy.arrays, list(parts_of(policy, features, text).values()))[0].tolist()
+
+
+def parts_of(policy: LoadedPolicy, features: Features, text: np.ndarray) -> dict[str, np.ndarray]:
+    """Each head's outputs [1, K] of one text; `text` [K] are the hashed head's."""
+    vectors = None if features.embedding is None else features.embedding[None]
+    looks = {kind: numbers[None] for kind, numbers in features.looks.items()}
+    return by_head(policy.arrays, policy.policy.features, text[None], vectors, looks)
+
+
+def by_head(
+    tensors: Mapping[str, Any],
+    specs: Mapping[str, Any],
+    hashed: np.ndarray,
+    vectors: np.ndarray | None,
+    looks: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Outputs [n, K] of each head that there is, in the order that they are blended in: `hashed` [n, K] as they come, those on the
+    encoder's vectors [n, E], those on `surface.of`'s numbers."""
+    parts = {"hashed": hashed}
+    if vectors is not None and (spec := specs.get("embedding")):
         from edgeft.router.embedding import parts_of
 
-        parts += parts_of(policy.arrays, specs["embedding"], features.embedding[None])
-    for kind, numbers in features.looks.items():
-        parts.append(surface.outputs(kind, policy.arrays, specs[kind]["width"], numbers[None]))
-    return blend.mix(policy.arrays, parts)[0].tolist()
+        parts["kernel"], parts["neighbours"] = parts_of(tensors, spec, vectors)
+    for kind, rows in looks.items():
+        if kind in specs:
+            parts[kind] = surface.outputs(kind, tensors, specs[kind]["width"], rows)
+    return parts
+
+
+def spoke_by_head(policy: LoadedPolicy, features: Features) -> dict[str, float]:
+    """What each head moved the strongest's predicted gain from its mean over the fitting rows (the hashed head alone: from its bias)."""
+    hashed = features.values @ policy.by_column.take(features.columns, axis=0)
+    if "blend" not in policy.arrays:
+        return {"hashed": float(hashed[-1])}
+    parts = parts_of(policy, features, hashed + policy.bias_row)
+    weights, mean = policy.arrays["blend"][:, -1], float(policy.arrays["blend.means"][-1])
+    return {
+        name: float(weight * (part[0, -1] - mean))
+        for (name, part), weight in zip(parts.items(), weights, strict=True)
+    }
 
 
 def scores_of(policy: LoadedPolicy, features: Features) -> list[float]:

@@ -39,7 +39,7 @@ class Plan:
     request: Request
     decision: Decision | None = None  # None: the request pinned a model
     similarity: float = 1.0  # to the training rows
-    cluster: int | None = None  # of them
+    cluster: int | None = None  # of the training rows; None where no certificate watches it
     draft: bool = False  # the first one's answer is judged before it is sent
     chain: tuple[bytes, ...] = ()
     adapter: str | None = None

@@ -20,7 +20,7 @@ from edgeft.errors import UsageError
 from edgeft.router import Options, blend, decide, fit, load_policy
 from edgeft.router.blend import nonnegative
 from edgeft.router.embedding import load_encoder, nearest, parts_of, read_spec, vector_heads
-from edgeft.router.minilm_export import ROUTING, export
+from edgeft.router.minilm_export import GRAPH, ROUTING, export
 from tests.test_router import PAIR, WORDS, by_word, write_report
 
 SIZE, LAYERS, HEADS, WIDE = 32, 2, 4, 48
@@ -122,6 +122,15 @@ def test_the_graph_is_the_encoder_to_8_bits(tiny_bert, tmp_path):
     import onnx
     import onnxruntime
 
+    for name in (GRAPH, ROUTING):
+        held = [
+            onnx.numpy_helper.to_array(t)
+            for t in onnx.load(out / name).graph.initializer
+            if t.data_type == onnx.TensorProto.INT8
+        ]
+        assert max(np.abs(w.astype(int)).max() for w in held if w.ndim == 2) in range(32, 65), (
+            "7 bits: no product saturates, on whatever processor"
+        )
     config = json.loads((folder / "config.json").read_text())
     ids = tokenizer.encode("refund limit address").ids
     for layers in (1, LAYERS):

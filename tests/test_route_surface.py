@@ -12,6 +12,7 @@ from edgeft.errors import UsageError
 from edgeft.router import blend, decide, fit, load_policy, surface
 from edgeft.router.draft_features import FEATURES, QUESTION, features, question
 from edgeft.router.drafts import Draft
+from edgeft.router.explain import explain
 from edgeft.router.fit_heads import predicted
 from edgeft.router.heads import read, scores_of
 from edgeft.router.reports import join
@@ -44,6 +45,21 @@ def test_where_the_numbers_decide_the_head_is_kept_and_decide_reads_it(tmp_path)
     read_back = load_policy(tmp_path / "policy")
     few, many = "card refund limit 17", "card 1 refund 22 limit 333 address 4444 payment 55555 transfer 6"
     assert (decide(read_back, few).choice, decide(read_back, many).choice) == ("weak", "strong")
+    told = explain(read_back, many)
+    mean = float(read_back.arrays["blend.means"][-1])
+    assert list(told["spoke_by_head"]) == list(weights)
+    assert mean + sum(told["spoke_by_head"].values()) == pytest.approx(
+        told["scores"]["strong"] - told["scores"]["weak"], abs=1e-6
+    )
+    words = read(read_back, many)
+    bias = weights["hashed"][1] * (read_back.bias[-1] - mean)
+    every = weights["hashed"][1] * sum(read_back.weights[-1][c] * v for c, v in words.sparse.items())
+    assert told["spoke_by_head"]["hashed"] == pytest.approx(bias + every, abs=1e-6)
+    assert (
+        sum(abs(s["gain"]) for s in told["spoke"])
+        <= sum(weights["hashed"][1] * abs(read_back.weights[-1][c] * v) for c, v in words.sparse.items())
+        + 1e-9
+    ), "the words speak at the head's weight"
     # What fitting computes for many rows is what a decision computes for one.
     joined = join([report], PAIR)
     rows = predicted(read_back.arrays | {

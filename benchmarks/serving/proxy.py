@@ -42,17 +42,8 @@ def edgeft(
     table = place / "table.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows(candidates)))
     names = [part for name in candidates for part in ("--candidate", name)]
-    fit = [
-        *EDGEFT,
-        "route",
-        "fit",
-        str(table),
-        *names,
-        "--no-looks",
-        "--out",
-        str(place / "policy"),
-        "--quiet",
-    ]
+    wanted = ["--no-looks", "--out", str(place / "policy"), "--quiet"]
+    fit = [*EDGEFT, "route", "fit", str(table), *names, *wanted]
     subprocess.run(fit, check=True, env=environment(**own), stdout=subprocess.DEVNULL)
     if gguf:
         make_local(place / "policy" / "policy.json", candidates[0], gguf)

@@ -39,6 +39,9 @@ def explain_command(policy: Path, text: str) -> None:
     rows = [(name, f"{score:.3f}", f"{found['costs'][name]:.3g}") for name, score in found["scores"].items()]
     rows += [(name, "–", why) for name, why in found["removed"].items()]
     console.table(("candidate", "expected score", "cost"), rows)
+    if len(found["spoke_by_head"]) > 1:
+        by_head = [(name, f"{gain:+.4f}") for name, gain in found["spoke_by_head"].items()]
+        console.table(("head", "gain of the strongest, against its mean"), by_head)
     console.table(
         ("what spoke", "gain of the strongest"), [(s["text"], f"{s['gain']:+.4f}") for s in found["spoke"]]
     )
