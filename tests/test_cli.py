@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeft.cli import COMMANDS
+from edgeft.cli import COMMANDS, run
 from tests.conftest import DESK, ROOT
 
 HEAVY = (
@@ -230,3 +230,10 @@ def test_interrupt_ends_with_130_and_leaves_nothing_half_written(smollm2, tmp_pa
     assert re.search(r"^Error: interrupted", complaint, re.M) and "Traceback" not in complaint
     assert (out / "merged" / "artifact.json").is_file(), "what was finished stays"
     assert not list(out.glob("*gguf*")) and not list(out.glob(".gguf*"))
+
+
+def test_wrong_rows_of_tune_are_told_before_a_base_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("edgeft.pull.pull", lambda base: pytest.fail("a base was fetched"))
+    rows = tmp_path / "none.jsonl"
+    assert run(["tune", "smollm2-135m-instruct", "--data", str(rows), "--out", str(tmp_path / "a")]) == 2
+    assert f"there is no file {rows}" in capsys.readouterr().err

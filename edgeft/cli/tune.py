@@ -54,8 +54,10 @@ def run(base: str, data: Path, out: Path, **changed: object) -> None:
     curve.csv and curve.png.
     """
     from edgeft.pull import pull
+    from edgeft.rows import load_rows
     from edgeft.tune import tune
 
+    load_rows(data)  # wrong rows are told before a base is fetched
     manifest = tune(pull(base), data, out, **changed)
     best = manifest["result"]["best"]
     console.result(
