@@ -122,9 +122,12 @@ class Policy(Stored):
     seen_rows: dict[str, list[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
-    """Where one request goes, and why. Pure data; nothing of the request's text stands in it."""
+    """Where one request goes, and why. Pure data; nothing of the request's text stands in it.
+
+    Like all that is made anew for each request it is not frozen: that would make it three times as slow to make.
+    """
 
     choice: str  # the candidate's id
     reason: str

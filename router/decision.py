@@ -29,7 +29,7 @@ class NoCandidate(UsageError):
         self.removed, self.private = dict(removed), private
 
 
-@dataclass(frozen=True)
+@dataclass
 class Weighed:
     """What a rule chooses from, cheapest first."""
 

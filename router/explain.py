@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
-from zlib import crc32
 
 from edgeft.router import rule
 from edgeft.router.decision import NOBODY, decide, in_force
-from edgeft.router.features import DIMENSIONS, MAX_CHARACTERS, WORD
+from edgeft.router.features import DIMENSIONS, hashes, spaced
 from edgeft.router.heads import Features, read, spoke_by_head
 from edgeft.router.policy import LoadedPolicy
 from edgeft.router.request import Request, as_request
@@ -38,19 +37,18 @@ def explain(policy: LoadedPolicy, request: Request | str) -> dict[str, Any]:
 def spoke(policy: LoadedPolicy, text: str, features: Features) -> list[dict[str, Any]]:
     """The words and pairs that moved the strongest's predicted gain most by the hashed head, at its weight in the blend; those that
     share a column are one."""
-    words = WORD.findall(text[:MAX_CHARACTERS].lower())
-    grams: dict[int, list[str]] = {}
-    for gram in dict.fromkeys([*words, *(f"{a} {b}" for a, b in pairwise(words))]):
-        grams.setdefault(crc32(gram.encode(errors="replace")) % DIMENSIONS, []).append(gram)
+    words = spaced(text).decode().replace("\0", " ").split()
+    seen = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
+    grams: dict[int, dict[str, None]] = {}
+    for gram, column in zip(seen, (hashes(text) % DIMENSIONS).tolist(), strict=True):
+        grams.setdefault(column, {})[gram] = None
     row = policy.weights[-1]
     weight = float(policy.arrays["blend"][0, -1]) if "blend" in policy.arrays else 1.0
     moved = sorted(
         ((weight * row[column] * value, column) for column, value in features.sparse.items()),
         key=lambda m: -abs(m[0]),
     )
-    return [
-        {"text": " / ".join(grams.get(column, [])), "gain": part} for part, column in moved[:SPOKE] if part
-    ]
+    return [{"text": " / ".join(grams[column]), "gain": part} for part, column in moved[:SPOKE] if part]
 
 
 def changes(policy: LoadedPolicy, request: Request, choice: str) -> list[str]:

@@ -1,17 +1,15 @@
 """A request's text as a sparse vector: hashed words and word pairs.
 
 Knows nothing of models or scores. The same text gives the same vector in every process and on every
-machine (crc32, not Python's salted hash).
+machine (integers modulo 2^64, not Python's salted hash).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
@@ -19,61 +17,71 @@ DIMENSIONS = 4096
 MAX_CHARACTERS = 2000  # the beginning decides; bounds the time of a decision
 SPEC: dict[str, Any] = {
     "kind": "hashed-ngrams",
-    "version": 1,
+    "version": 2,
     "dimensions": DIMENSIONS,
     "ngrams": [1, 2],
-    "hash": "crc32, top bit as sign",
-    "counts": "1 + log(count), rows of length 1",
+    "hash": "polynomial of the UTF-8 bytes modulo 2^64, top bit as sign, the next 12 as column",
+    "counts": "1 + log(net count of a column), rows of length 1",
     "max_characters": MAX_CHARACTERS,
 }
 WORD = re.compile(r"\w+")
-WORDS_ALONE = bytes(c if c < 128 and (chr(c).isalnum() or c == ord("_")) else ord(" ") for c in range(256))
-SIGNS = np.array([-1.0, 1.0])  # by a hash's top bit
-# By count; a text of so many characters has fewer words and pairs. [0] is never asked for.
-LOG_COUNTS = np.concatenate(([0.0], 1.0 + np.log(np.arange(1, MAX_CHARACTERS + 1))))
+WORDS_ALONE = bytes(c if c < 128 and (chr(c).isalnum() or c == ord("_")) else 0 for c in range(256))
+MOST_BYTES = 4 * MAX_CHARACTERS + 2  # in UTF-8, with a zero before and behind
+BASE, FACTOR = 0x9E3779B97F4A7C15, np.uint64(0xD6E8FEB86659FD93)  # odd, of no other meaning
+POWERS = np.multiply.accumulate(np.array([1, *[BASE] * (MOST_BYTES - 1)], np.uint64))
+INVERSE = np.multiply.accumulate(np.array([1, *[pow(BASE, -1, 1 << 64)] * (MOST_BYTES - 1)], np.uint64))
+HALF, KEPT = np.uint64(32), np.uint64(51)  # bits that are folded in, bits that are dropped
+# By net count, negative ones from the end; a text of so many characters has fewer words and pairs. [0] is never asked for.
+_LOGS = 1.0 + np.log(np.arange(1, MAX_CHARACTERS + 1))
+LOG_COUNTS = np.concatenate(([0.0], _LOGS, -_LOGS[::-1]))
 
 
 def arrays(text: str) -> tuple[np.ndarray, np.ndarray]:
     """(columns, ascending int64 [n]; values, float64 [n], of length 1); both empty where the text has no word."""
-    start = text[:MAX_CHARACTERS].lower()
-    words = _ascii_words(start) if start.isascii() else _words(start)
-    if not words:
-        return np.zeros(0, np.int64), np.zeros(0)
-    singles = list(map(crc32, words))
-    # crc32(b" b", crc32(a)) is that of the pair "a b"; no word holds a zero byte.
-    spaced = b"\0 ".join(words).split(b"\0")[1:]
-    pairs = map(crc32, spaced, singles)
-    hashed, counts = _counted(np.frombuffer(array("I", [*singles, *pairs]), np.uint32))
-    values = LOG_COUNTS[counts] * SIGNS[hashed >> 31]
-    dense = np.bincount(hashed % DIMENSIONS, values, DIMENSIONS)
-    columns = (dense != 0).nonzero()[0]
-    found = dense.take(columns)
+    counts = np.bincount(hashes(text), minlength=2 * DIMENSIONS)
+    plus, minus = counts[:DIMENSIONS], counts[DIMENSIONS:]
+    columns = (plus != minus).nonzero()[0]
+    found = LOG_COUNTS[plus.take(columns) - minus.take(columns)]
     return columns, found / math.sqrt(found @ found) if len(found) else found
 
 
-def _counted(hashed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(each value once, ascending; how often it stands there) of at least one value: np.unique in a third of its time."""
-    ordered = np.sort(hashed)
-    edge = np.empty(len(ordered) + 1, bool)
-    edge[0] = edge[-1] = True
-    np.not_equal(ordered[1:], ordered[:-1], out=edge[1:-1])
-    edges = edge.nonzero()[0]
-    return ordered.take(edges[:-1]), edges[1:] - edges[:-1]
+def hashes(text: str) -> np.ndarray:
+    """int64 [2n - 1] below 2 DIMENSIONS: of the n words of a text in their order, then of its pairs; empty without words.
+
+    A word of bytes b has p = sum b_j BASE^j mod 2^64 and m = p xor (p >> 32); it hashes to m FACTOR, the pair (a, b) to
+    (m_a FACTOR + m_b) FACTOR, of which the top 13 bits are kept. All words at once: sums of the text's bytes times BASE^place, over
+    each word, times BASE^-start.
+    """
+    codes = np.frombuffer(spaced(text), np.uint8)
+    inside = codes.astype(bool)
+    edges = (inside[1:] != inside[:-1]).nonzero()[0]
+    if not len(edges):
+        return edges
+    mixed = np.add.reduceat(codes[1:] * POWERS[: len(codes) - 1], edges)[::2]
+    mixed *= INVERSE.take(edges[::2])
+    mixed ^= mixed >> HALF
+    n = len(mixed)
+    found = np.empty(2 * n - 1, np.uint64)
+    words, pairs = found[:n], found[n:]
+    np.multiply(mixed, FACTOR, out=words)
+    np.add(words[:-1], mixed[1:], out=pairs)
+    pairs *= FACTOR
+    found >>= KEPT
+    return found.view(np.int64)
+
+
+def spaced(text: str) -> bytes:
+    """The words of a text's beginning, lower case in UTF-8, one zero or more before, between and behind them."""
+    start = text[:MAX_CHARACTERS].lower()
+    if start.isascii():
+        return b"\0%b\0" % start.encode().translate(WORDS_ALONE)
+    return "\0".join(("", *WORD.findall(start), "")).encode()
 
 
 def vector(text: str) -> dict[int, float]:
     """Column -> value, of length 1 (or empty, where the text has no word)."""
     columns, values = arrays(text)
     return dict(zip(columns.tolist(), values.tolist(), strict=True))
-
-
-def _ascii_words(text: str) -> list[bytes]:
-    """The same as `_words`, without a regular expression and without encoding each."""
-    return text.encode().translate(WORDS_ALONE).split()
-
-
-def _words(text: str) -> list[bytes]:
-    return [word.encode(errors="replace") for word in WORD.findall(text)]
 
 
 def matrix(texts: Sequence[str]) -> np.ndarray:

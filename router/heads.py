@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgeft.router.policy import LoadedPolicy
 
 
-@dataclass(frozen=True)
+@dataclass
 class Features:
     """What the heads read of one text."""
 
@@ -49,7 +49,7 @@ def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) ->
     seen = policy.arrays.get("seen.columns")
     if seen is None:
         return 1.0
-    return float(values * values @ seen[columns])
+    return float(values * values @ seen.take(columns))
 
 
 def cluster_of(policy: LoadedPolicy, features: Features) -> int | None:

@@ -13,7 +13,7 @@ SHAPES = ("tools", "functions", "response_format", "stop", "user", "metadata")
 IMAGE_CHARS = 4000  # an image counts as about a thousand tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """One request. `floor`, `max_cost` and `max_latency_s` override the policy's for this request."""
 
@@ -45,7 +45,7 @@ class Request:
         return tokens_of(self.messages, self.extra_text)
 
 
-@dataclass(frozen=True)
+@dataclass
 class State:
     """The moment: who can be asked, how long their queues are, what the budget's λ is."""
 

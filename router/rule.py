@@ -45,4 +45,6 @@ def ranked(
 ) -> list[int]:
     """Who answers where the choice fails: stronger ones by strength, then weaker ones by score."""
     others = [i for i in range(len(scores)) if i != chosen]
+    if len(others) < 2:
+        return others
     return sorted(others, key=lambda i: (i < chosen, i if i > chosen else -scores[i]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -243,10 +242,14 @@ def last_said(messages: Sequence[Mapping[str, Any]]) -> int:
     return next((i for i in range(len(messages), 0, -1) if messages[i - 1].get("role") == "assistant"), 0)
 
 
-def conversation_hash(tenant: str | None, messages: Sequence[Mapping[str, Any]]) -> bytes:
-    """A conversation by what was said in it so far."""
-    said = [(m.get("role"), m.get("content")) for m in messages]
-    return hashlib.blake2b(orjson.dumps([tenant, said]), digest_size=16).digest()
+def conversation_hash(tenant: str | None, messages: Sequence[Mapping[str, Any]]) -> int:
+    """A conversation by what was said in it so far: of this process alone, as Python's hashes are."""
+    said = [(m.get("role"), _hashable(m.get("content"))) for m in messages]
+    return hash((tenant, *said))
+
+
+def _hashable(content: Any) -> Any:
+    return content if content is None or isinstance(content, str) else orjson.dumps(content)
 
 
 def prefix_chain(asked: Asked) -> tuple[bytes, ...]:

@@ -14,7 +14,7 @@ from edgeft.serve.admission import Busy
 from edgeft.serve.answer import Answer, BrokenStream, Chunk
 from edgeft.serve.calls import once
 from edgeft.serve.choose import Plan
-from edgeft.serve.failover import ROUTE, first_able
+from edgeft.serve.failover import ROUTE, streamed
 from edgeft.serve.protocol import Asked, Refusal
 from edgeft.serve.proxy import Proxy
 
@@ -73,7 +73,7 @@ async def drafted(proxy: Proxy, plan: Plan, asked: Asked) -> AsyncGenerator[Chun
         counting.escalated(proxy, drafter, stronger)
         plan.told["reason"] = f"{plan.reason}; draft {verdict.reason}"
         order = (stronger, *(name for name in plan.order if name not in (drafter, stronger)), drafter)
-    async with aclosing(first_able(proxy, plan, asked, order)) as chunks:
+    async with aclosing(streamed(proxy, plan, asked, order)) as chunks:
         async for chunk in chunks:
             yield chunk
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from edgeft.serve import counting
 from edgeft.serve.admission import Busy
 from edgeft.serve.answer import Answer, BrokenStream, Chunk, Head
 from edgeft.serve.choose import Plan, choose, conversation_hash
-from edgeft.serve.generate import ROUTE, shared
-from edgeft.serve.http import ClientLeft, Receive, Reply, Scope, Send, bearer, read_body, while_connected
+from edgeft.serve.generate import ROUTE, opened
+from edgeft.serve.http import ClientLeft, Departures, Receive, Reply, Scope, Send, bearer, read_body
 from edgeft.serve.logs import request_id
 from edgeft.serve.protocol import CHAT, Asked, Kind, Refusal, parse
 from edgeft.serve.proxy import Proxy
@@ -21,6 +21,7 @@ from edgeft.serve.proxy import Proxy
 log = logging.getLogger("edgeft.serve")
 KEPT = ("hit", "semantic")
 Handler = Callable[[Proxy, bytes, Reply], Awaitable[None]]
+Tell = Callable[[Chunk], Awaitable[None]]
 
 
 class Endpoint:
@@ -28,6 +29,7 @@ class Endpoint:
 
     def __init__(self, proxy: Proxy, handle: Handler) -> None:
         self.proxy, self.handle = proxy, handle
+        self.departures = Departures()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply, proxy = Reply(send, scope["path"]), self.proxy
@@ -44,7 +46,7 @@ class Endpoint:
             except Refusal as refusal:
                 await reply.refuse(refusal)
                 return
-            await while_connected(receive, reply, guarded(proxy, self.handle, body, reply))
+            await self.departures.while_connected(receive, reply, guarded(proxy, self.handle, body, reply))
         finally:
             counting.finished(proxy, reply)
 
@@ -116,41 +118,49 @@ def generating(kind: Kind) -> Handler:
     return handle
 
 
-async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chunk]:
-    """The answer's chunks from cache or candidates; routes, sets the reply's headers, gathers the answer in `reply.answer`."""
+async def answered(proxy: Proxy, asked: Asked, reply: Reply, tell: Tell | None = None) -> Answer:
+    """The answer from cache or candidates; routes, sets the reply's headers. `tell` gets {ROUTE: id} and then each chunk as it comes, but
+    of an answer that was kept only the former: the rest of it lies in `reply.answer`."""
     reply.stream = asked.stream
     plan = await choose(proxy, asked, reply.tenant)
     plan.told["started_s"] = reply.started_s
     reply.plan, reply.route = plan, plan.order[0]
     reply.answer = answer = Answer()
     key = proxy.cache.key(asked, plan) if proxy.cache else None
-    looked = await look_up(proxy, asked, plan, key) if key else Looked()
+    looked = await look_up(proxy, asked, plan, key) if key else MISSED
     reply.cache = looked.result
     if looked.kept:
-        reply.answer, plan.route = looked.kept
+        answer, plan.route = looked.kept
+        reply.answer = answer
         told(proxy, reply, plan)
-        yield {ROUTE: plan.route}
-        return
+        if tell:
+            await tell({ROUTE: plan.route})
+        return answer
     if proxy.live:
         proxy.live.routed(reply.request_id, plan.order[0], local(plan, plan.order[0]), asked.stream)
-    async with aclosing(shared(proxy, key, plan, asked)) as source:  # type: ignore[type-var]
-        try:
-            async for chunk in source:
-                if ROUTE in chunk:
-                    plan.route = chunk[ROUTE]
-                    plan.told |= chunk.get("told", {})
-                    told(proxy, reply, plan)
-                    reply.ttft_s = reply.elapsed_s()
-                    if proxy.live:
-                        if plan.route != plan.order[0]:
-                            proxy.live.routed(reply.request_id, plan.route, local(plan, plan.route))
-                        proxy.live.first(reply.request_id)
-                else:
-                    answer.add(chunk)
-                yield chunk
-        except (Refusal, Busy, BrokenStream):
+    try:
+        begun = await opened(proxy, key, plan, asked)
+        plan.route = begun.route
+        async with aclosing(begun.rest):
             told(proxy, reply, plan)
-            raise
+            reply.ttft_s = reply.elapsed_s()
+            if proxy.live:
+                if plan.route != plan.order[0]:
+                    proxy.live.routed(reply.request_id, plan.route, local(plan, plan.route))
+                proxy.live.first(reply.request_id)
+            if tell:
+                await tell({ROUTE: plan.route})
+            for chunk in begun.early:
+                answer.add(chunk)
+                if tell:
+                    await tell(chunk)
+            async for chunk in begun.rest:
+                answer.add(chunk)
+                if tell:
+                    await tell(chunk)
+    except (Refusal, Busy, BrokenStream):
+        told(proxy, reply, plan)
+        raise
     if not answer.whole:
         raise BrokenStream("it ended without a finish reason")
     if looked.audited:
@@ -160,6 +170,7 @@ async def chunks(proxy: Proxy, asked: Asked, reply: Reply) -> AsyncIterator[Chun
     if asked.kind is CHAT and plan.decision is not None and plan.policy.policy.rule.get("sticky", True):
         said = [*asked.messages, answer.choices[0].message]
         proxy.remember(conversation_hash(reply.tenant, said), plan.route)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,9 @@ class Looked:
     kept: tuple[Answer, str] | None = None
     place: tuple[str, str] | None = None
     audited: Answer | None = None
+
+
+MISSED = Looked()
 
 
 async def look_up(proxy: Proxy, asked: Asked, plan: Plan, key: str) -> Looked:
@@ -201,29 +215,28 @@ def told(proxy: Proxy, reply: Reply, plan: Plan) -> None:
 
 async def whole(proxy: Proxy, asked: Asked, reply: Reply) -> Answer:
     """The answer in one piece."""
-    async with aclosing(chunks(proxy, asked, reply)) as source:  # type: ignore[type-var]
-        async for _ in source:
-            pass
+    answer = await answered(proxy, asked, reply)
     if reply.plan.told.get("cost_usd") is not None:
         reply.headers["x-edgeft-cost-usd"] = f"{reply.plan.told['cost_usd']:.8f}"
     if reply.cache in KEPT:
         reply.headers["x-edgeft-cost-usd"] = "0"
-    answer: Answer = reply.answer
     return answer
 
 
 async def stream(proxy: Proxy, asked: Asked, reply: Reply, head: Head) -> None:
     """The answer as events."""
-    async with aclosing(chunks(proxy, asked, reply)) as source:  # type: ignore[type-var]
-        async for chunk in source:
-            if ROUTE in chunk:
-                head.model = chunk[ROUTE]
-                if reply.cache in KEPT:
-                    await reply.events(
-                        b"".join(forms.replay(head, reply.answer, asked.include_usage)), more=False
-                    )
-            elif data := forms.forward(head, chunk):
-                await reply.events(data)
+
+    async def tell(chunk: Chunk) -> None:
+        if ROUTE in chunk:
+            head.model = chunk[ROUTE]
+            if reply.cache in KEPT:
+                await reply.events(
+                    b"".join(forms.replay(head, reply.answer, asked.include_usage)), more=False
+                )
+        elif data := forms.forward(head, chunk):
+            await reply.events(data)
+
+    await answered(proxy, asked, reply, tell)
     if not reply.done:
         last = forms.usage_event(head, reply.answer) if asked.include_usage else b""
         await reply.events(last + forms.DONE, more=False)

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from edgeft.serve import counting
 from edgeft.serve.admission import Busy
@@ -17,42 +18,31 @@ from edgeft.serve.proxy import Proxy
 
 BACKOFF_S = 0.2
 LONGEST_RETRY_S = 2.0  # a Retry-After over this is not waited for
-ROUTE = "edgeft.route"  # a first item of the stream: who answers, and what was told meanwhile
+ROUTE = "edgeft.route"  # the first item of a whole stream: who answers, and what was told meanwhile
 
 
-async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, ...]) -> AsyncGenerator[Chunk]:
-    """The chunks of the first candidate that begins to answer. Raises what the first one said where none does."""
+@dataclass(slots=True)
+class Begun:
+    """An answer that has begun: who gives it, what came so far, what is to come. Who holds it closes `rest`."""
+
+    route: str
+    early: list[Chunk]
+    rest: AsyncGenerator[Chunk]
+
+
+async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, ...]) -> Begun:
+    """The answer of the first candidate that begins to give one. Raises what the first one said where none does."""
     failed: Refusal | Busy | BrokenStream | None = None
     for candidate_id in order:
         tries = 1 + proxy.config.model(candidate_id).retries
         for attempt in range(tries):
             source = calls(proxy, plan, asked, candidate_id)
-            early: list[Chunk] = []
-            begun = False
             try:
-                async with aclosing(source):
-                    async for chunk in source:
-                        if not begun:
-                            early.append(chunk)
-                            if not look(chunk)[0]:
-                                continue
-                            begun = True
-                            plan.route = candidate_id
-                            yield {ROUTE: candidate_id, "told": plan.told}
-                            for held in early:
-                                yield held
-                            continue
-                        yield chunk
-                if not begun:  # an answer may be empty
-                    if not any(look(held)[1] for held in early):
-                        raise BrokenStream("it ended without a finish reason")
-                    plan.route = candidate_id
-                    yield {ROUTE: candidate_id, "told": plan.told}
-                    for held in early:
-                        yield held
-                return
+                begun = Begun(candidate_id, await _first(source), source)
+                plan.route = candidate_id
+                return begun
             except (Refusal, Busy, BrokenStream) as error:
-                if begun or (isinstance(error, Refusal) and not error.elsewhere):
+                if isinstance(error, Refusal) and not error.elsewhere:
                     plan.route = plan.route or candidate_id
                     raise
                 failed = failed or error
@@ -71,6 +61,36 @@ async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, .
     plan.route = plan.route or order[0]
     assert failed is not None
     raise failed
+
+
+async def _first(source: AsyncGenerator[Chunk]) -> list[Chunk]:
+    """The chunks up to the first that says something, or all of an answer that is empty."""
+    early: list[Chunk] = []
+    finished = False
+    try:
+        async for chunk in source:
+            early.append(chunk)
+            said, ends = look(chunk)
+            if said:
+                return early
+            finished = finished or ends
+        if not finished:
+            raise BrokenStream("it ended without a finish reason")
+    except BaseException:  # also a client that left
+        await source.aclose()
+        raise
+    return early
+
+
+async def streamed(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, ...]) -> AsyncGenerator[Chunk]:
+    """The same as one stream that begins with {ROUTE: id, "told": …}."""
+    begun = await first_able(proxy, plan, asked, order)
+    async with aclosing(begun.rest):
+        yield {ROUTE: begun.route, "told": plan.told}
+        for chunk in begun.early:
+            yield chunk
+        async for chunk in begun.rest:
+            yield chunk
 
 
 def _pause_s(error: Exception, attempt: int, last: bool) -> float | None:

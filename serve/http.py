@@ -19,7 +19,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 DISCARDED_BYTES = 16 << 20  # read on and thrown away after a body that is too large
 CLIENT_LEFT = 499
-WATCHED_AFTER_S = 0.02  # most answers are there before: a task that watches for a client's leaving costs as much as a tenth of them
+WATCHED_AFTER_S = 0.02  # at the earliest, twice that at the latest; most answers are there before
 
 
 class ClientLeft(Exception):
@@ -130,35 +130,46 @@ def _declared(scope: Scope) -> int:
     return 0
 
 
-async def while_connected(receive: Receive, reply: Reply, work: Awaitable[None]) -> None:
-    """Await the work; a client that leaves meanwhile cancels it, and `reply.left` then says so."""
-    task = asyncio.current_task()
-    assert task is not None
+class Departures:
+    """Watches for clients that leave while they wait. Requests that ended soon after they came are not watched, and one timer serves all:
+    a task or a timer for each would cost as much as a tenth of a request."""
 
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not reply.done:
-            reply.left = True
-            task.cancel()
+    def __init__(self) -> None:
+        self.young: dict[asyncio.Task[Any], Callable[[], asyncio.Task[None]]] = {}  # came since the last look
+        self.old: dict[asyncio.Task[Any], Callable[[], asyncio.Task[None]]] = {}
+        self.watchers: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
+        self.timer: asyncio.TimerHandle | None = None
 
-    watcher: asyncio.Task[None] | None = None
+    async def while_connected(self, receive: Receive, reply: Reply, work: Awaitable[None]) -> None:
+        """Await the work; a client that leaves meanwhile cancels it, and `reply.left` then says so."""
+        task = asyncio.current_task()
+        assert task is not None
 
-    def begin() -> None:
-        nonlocal watcher
-        watcher = asyncio.ensure_future(watch())
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not reply.done:
+                reply.left = True
+                task.cancel()
 
-    alarm = asyncio.get_running_loop().call_later(WATCHED_AFTER_S, begin)
-    try:
-        await work
-    except asyncio.CancelledError:
-        if not reply.left:
-            raise
-        task.uncancel()
-    finally:
-        alarm.cancel()
-        if watcher is not None:
-            watcher.cancel()
+        self.young[task] = lambda: asyncio.ensure_future(watch())
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_later(WATCHED_AFTER_S, self._look)
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not reply.left:
+                raise
+            task.uncancel()
+        finally:
+            if self.young.pop(task, None) is None and self.old.pop(task, None) is None:
+                self.watchers.pop(task).cancel()
+
+    def _look(self) -> None:
+        """Watch for those who have waited since the last look at least."""
+        self.watchers |= {task: begin() for task, begin in self.old.items()}
+        self.old, self.young = self.young, {}
+        self.timer = asyncio.get_running_loop().call_later(WATCHED_AFTER_S, self._look) if self.old else None
 
 
 def bearer(scope: Scope) -> str | None:

@@ -116,7 +116,7 @@ COMPLETION = Kind(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """A checked request for text."""
 

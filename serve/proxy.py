@@ -51,7 +51,7 @@ class Proxy:
         self.breakers: dict[str, Breaker] = {}
         self.flights: Flights[Any] = Flights()
         self.texts: OrderedDict[str, Any] = OrderedDict()  # text -> what was computed of it, in memory alone
-        self.conversations: OrderedDict[bytes, str] = OrderedDict()  # hash of what was said -> who said it
+        self.conversations: OrderedDict[int, str] = OrderedDict()  # hash of what was said -> who said it
 
     def state_of(self, candidate_id: str) -> str:
         """loading, unloaded, ready, restarting, paused (its breaker is open) or ended."""
@@ -96,7 +96,7 @@ class Proxy:
         suspended = bool(self.watch and self.watch.suspended())
         return State(frozenset(unavailable), queues, price, suspended)
 
-    def remember(self, conversation: bytes, candidate_id: str) -> None:
+    def remember(self, conversation: int, candidate_id: str) -> None:
         """Who said the last word of a conversation."""
         self.conversations[conversation] = candidate_id
         self.conversations.move_to_end(conversation)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import aclosing
 from typing import Any
 
 import orjson
 
 from edgeft.serve import endpoints
-from edgeft.serve.answer import Answer
+from edgeft.serve.answer import Answer, Chunk
 from edgeft.serve.generate import ROUTE
 from edgeft.serve.http import Reply
 from edgeft.serve.protocol import CHAT, Asked, Refusal, checked, loads
@@ -225,19 +224,19 @@ async def _stream(proxy: Proxy, asked: Asked, reply: Reply, made: _Made) -> None
         await tell("response.output_item.added", output_index=0, item=made.message("in_progress", ""))
         await tell("response.content_part.added", **place, part=empty)
 
-    async with aclosing(endpoints.chunks(proxy, asked, reply)) as source:  # type: ignore[type-var]
-        async for chunk in source:
-            if ROUTE in chunk:
-                response = made.response("in_progress", chunk[ROUTE], None)
-                await tell("response.created", response=response)
-                await tell("response.in_progress", response=response)
-                continue
-            for choice in chunk.get("choices") or ():
-                if said := (choice.get("delta") or {}).get("content"):
-                    if not text_begun:
-                        await open_text()
-                    await tell("response.output_text.delta", **place, delta=said, logprobs=[])
-    answer: Answer = reply.answer
+    async def tell_chunk(chunk: Chunk) -> None:
+        if ROUTE in chunk:
+            response = made.response("in_progress", chunk[ROUTE], None)
+            await tell("response.created", response=response)
+            await tell("response.in_progress", response=response)
+            return
+        for choice in chunk.get("choices") or ():
+            if said := (choice.get("delta") or {}).get("content"):
+                if not text_begun:
+                    await open_text()
+                await tell("response.output_text.delta", **place, delta=said, logprobs=[])
+
+    answer = await endpoints.answered(proxy, asked, reply, tell_chunk)
     final = made.response("completed", reply.route, answer)
     for index, item in enumerate(final["output"]):
         if item["type"] == "message":

@@ -17,6 +17,7 @@ class HeadHeld:
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.transport = transport
+        self.is_closing = transport.is_closing  # asked for at every response
         self.loop = asyncio.get_running_loop()
         self.held = b""
 

@@ -7,7 +7,7 @@ cancelled.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Generic, TypeVar
 
 Chunk = TypeVar("Chunk")
@@ -33,7 +33,7 @@ class Flights(Generic[Chunk]):
     def __init__(self) -> None:
         self.under_way: dict[str, _Flight[Chunk]] = {}
 
-    async def stream(self, key: str, call: Callable[[], AsyncIterator[Chunk]]) -> AsyncIterator[Chunk]:
+    async def stream(self, key: str, call: Callable[[], AsyncIterator[Chunk]]) -> AsyncGenerator[Chunk]:
         """The chunks of `call()`, shared with everybody who asks for the same key before it ends. Raises what the call raises."""
         flight = self.under_way.get(key)
         if flight is None:
