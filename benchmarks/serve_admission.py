@@ -2,7 +2,8 @@
 
     python benchmarks/serve_admission.py [--minutes 2] [--users 50] [--gguf MODEL.gguf] [--promised-ttft-s 10]
 
-Each user asks, reads its stream to the end, thinks for 0 to 1 s, asks again; told 429, it comes back after Retry-After. The engine is a stand-in
+Each user asks, reads its stream to the end, thinks for 0 to 1 s, asks again; told 429, it comes back when it
+was told to (retry-after-ms, as OpenAI's client does). The engine is a stand-in
 with two slots at 50 tokens/s (simulated: the queue is real, the tokens are not), or with `--gguf` a real one, which the proxy starts. The
 rival is the same engine without a proxy before it: it queues for ever. Beside each run a bystander sleeps 10 ms at a time: how late
 it wakes is what the box alone does to whoever has to answer.
@@ -140,7 +141,8 @@ async def ask(pool: Pool, body: bytes, promised_s: float) -> Asked:
     except (TimeoutError, Hangup, OSError):
         return Asked(0, time.monotonic() - began, 1.0, promised_s)
     if status != 200:
-        return Asked(status, told_s, float(response.headers.get("retry-after", 1)), promised_s)
+        pause_s = float(response.headers.get("retry-after-ms", 1000)) / 1000  # as OpenAI's client has it
+        return Asked(status, told_s, pause_s, promised_s)
     if first_s is None or b"[DONE]" not in text:
         return Asked(0, told_s, 0.0, promised_s)
     return Asked(200, first_s, 0.0, float(response.headers.get("x-edgeft-ttft-s", promised_s)))

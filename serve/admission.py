@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections import deque
 from contextlib import suppress
 
 FIRST_GUESS_S = 2.0
+SPREAD = 1.5  # the latest of those who are told to come back comes after so many times the wait
 WEIGHT = 0.2  # of the newest service time in the running mean
 SURE = 2.0  # mean deviations above the mean that a promise allows for
 KEPT_BACK = (
-    0.1  # of what was promised, for what the estimate does not see: two prompts read at once, a busy machine
+    0.15  # of what was promised, for what the estimate does not see: two prompts read at once, a busy machine
 )
 
 
 class Busy(Exception):
-    """There is no room, or none within what was promised; `retry_after_s` is when there should be."""
+    """There is no room, or none within what was promised; `retry_after_s` is when there should be, for each of those who are told a little
+    later: told the same they would all come back in one moment, again and again."""
 
     def __init__(self, retry_after_s: float, why: str = "queue_full") -> None:
         super().__init__(f"busy for about {retry_after_s:.1f} s")
-        self.retry_after_s, self.why = max(1, math.ceil(retry_after_s)), why
+        self.retry_after_s, self.why = max(1.0, retry_after_s) * random.uniform(1.0, SPREAD), why
 
 
 class Turn:
@@ -105,7 +108,10 @@ class Admission:
     async def enter(self, prompt_tokens: int, promised_s: float | None) -> None:
         """Take a slot, or wait for one."""
         if busy := self.refuse(prompt_tokens, promised_s):
-            raise busy
+            try:
+                raise busy
+            finally:
+                del busy  # no circle of it, its traceback and this frame: collecting thousands of those stops everybody
         if self.in_flight < self.slots:
             self.in_flight += 1
         else:

@@ -53,7 +53,10 @@ async def several(
         while tasks and told < n:
             item = await news.get()
             if isinstance(item, Exception):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item  # no circle, as in admission.py
             if item is None:
                 told += 1
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ async def guarded(proxy: Proxy, handle: Handler, body: bytes, reply: Reply) -> N
         await reply.refuse(
             Refusal(
                 429,
-                f"{said} Try again in {wait} s.",
+                f"{said} Try again in {math.ceil(wait)} s.",
                 kind="rate_limit_error",
                 code=busy.why,
                 retry_after_s=wait,

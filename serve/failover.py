@@ -60,7 +60,10 @@ async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, .
                 break
     plan.route = plan.route or order[0]
     assert failed is not None
-    raise failed
+    try:
+        raise failed
+    finally:
+        del failed  # no circle, as in admission.py
 
 
 async def _first(source: AsyncGenerator[Chunk]) -> list[Chunk]:

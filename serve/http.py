@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -88,7 +89,9 @@ class Reply:
             self.status = refusal.status  # for the metrics: the client has seen 200
             return
         if refusal.retry_after_s:
-            self.headers["retry-after"] = str(max(1, round(refusal.retry_after_s + 0.499)))
+            self.headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
+            # OpenAI's clients read this one first: whole seconds would bring many back at once.
+            self.headers["retry-after-ms"] = str(math.ceil(1000 * refusal.retry_after_s))
         if refusal.status == 413:
             self.headers["connection"] = "close"  # the rest of the body stays unread
         if refusal.status == 401:

@@ -56,6 +56,7 @@ class Flights(Generic[Chunk]):
             if not flight.waiting and not flight.ended and flight.task is not None:
                 self._forget(key, flight)  # a newcomer begins anew rather than joining what ends
                 flight.task.cancel()
+            del flight  # what it raised knows this frame: no circle
 
     def leads(self, key: str) -> bool:
         """True where nobody has asked for this key yet."""
@@ -76,6 +77,7 @@ class Flights(Generic[Chunk]):
             flight.ended = True
             self._forget(key, flight)
             flight.tell()
+            del flight  # no circle, as above
             if (close := getattr(source, "aclose", None)) is not None:
                 await close()
 
