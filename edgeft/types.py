@@ -1,4 +1,4 @@
-"""What the stages hand to each other, as files and as frozen dataclasses.
+"""What the stages hand to each other, as files and as dataclasses, frozen but for Decision.
 
 Import-light on purpose. Every type names its schema and version; units stand in the names.
 """

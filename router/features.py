@@ -31,7 +31,7 @@ BASE, FACTOR = 0x9E3779B97F4A7C15, np.uint64(0xD6E8FEB86659FD93)  # odd, of no o
 POWERS = np.multiply.accumulate(np.array([1, *[BASE] * (MOST_BYTES - 1)], np.uint64))
 INVERSE = np.multiply.accumulate(np.array([1, *[pow(BASE, -1, 1 << 64)] * (MOST_BYTES - 1)], np.uint64))
 HALF, KEPT = np.uint64(32), np.uint64(51)  # bits that are folded in, bits that are dropped
-# By net count, negative ones from the end; a text of so many characters has fewer words and pairs. [0] is never asked for.
+# By net count, negative ones from the end; of so many characters no column holds more words and pairs. [0] is never asked for.
 _LOGS = 1.0 + np.log(np.arange(1, MAX_CHARACTERS + 1))
 LOG_COUNTS = np.concatenate(([0.0], _LOGS, -_LOGS[::-1]))
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections import deque
 from contextlib import suppress
 
 FIRST_GUESS_S = 2.0
-SPREAD = 1.5  # the latest of those who are told to come back comes after so many times the wait
 WEIGHT = 0.2  # of the newest service time in the running mean
 SURE = 2.0  # mean deviations above the mean that a promise allows for
 KEPT_BACK = (
@@ -23,12 +21,11 @@ KEPT_BACK = (
 
 
 class Busy(Exception):
-    """There is no room, or none within what was promised; `retry_after_s` is when there should be, for each of those who are told a little
-    later: told the same they would all come back in one moment, again and again."""
+    """There is no room, or none within what was promised; `retry_after_s` is when there should be."""
 
     def __init__(self, retry_after_s: float, why: str = "queue_full") -> None:
         super().__init__(f"busy for about {retry_after_s:.1f} s")
-        self.retry_after_s, self.why = max(1.0, retry_after_s) * random.uniform(1.0, SPREAD), why
+        self.retry_after_s, self.why = max(1.0, retry_after_s), why
 
 
 class Turn:

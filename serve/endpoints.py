@@ -82,7 +82,7 @@ async def guarded(proxy: Proxy, handle: Handler, body: bytes, reply: Reply) -> N
         await reply.refuse(
             Refusal(
                 429,
-                f"{said} Try again in {math.ceil(wait)} s.",
+                f"{said} Try again in about {math.ceil(wait)} s.",
                 kind="rate_limit_error",
                 code=busy.why,
                 retry_after_s=wait,

@@ -33,34 +33,34 @@ class Begun:
 async def first_able(proxy: Proxy, plan: Plan, asked: Asked, order: tuple[str, ...]) -> Begun:
     """The answer of the first candidate that begins to give one. Raises what the first one said where none does."""
     failed: Refusal | Busy | BrokenStream | None = None
-    for candidate_id in order:
-        tries = 1 + proxy.config.model(candidate_id).retries
-        for attempt in range(tries):
-            source = calls(proxy, plan, asked, candidate_id)
-            try:
-                begun = Begun(candidate_id, await _first(source), source)
-                plan.route = candidate_id
-                return begun
-            except (Refusal, Busy, BrokenStream) as error:
-                if isinstance(error, Refusal) and not error.elsewhere:
-                    plan.route = plan.route or candidate_id
-                    raise
-                failed = failed or error
-                pause_s = _pause_s(error, attempt, candidate_id == order[-1])
-                if (
-                    attempt + 1 < tries
-                    and pause_s is not None
-                    and proxy.breaker(candidate_id).open_for_s() <= pause_s
-                ):
-                    await asyncio.sleep(pause_s)
-                    continue
-                if candidate_id != order[-1]:
-                    counting.fell_back(proxy, candidate_id, error)
-                    plan.told["reason"] = f"{plan.reason}; {candidate_id} failed"
-                break
-    plan.route = plan.route or order[0]
-    assert failed is not None
     try:
+        for candidate_id in order:
+            tries = 1 + proxy.config.model(candidate_id).retries
+            for attempt in range(tries):
+                source = calls(proxy, plan, asked, candidate_id)
+                try:
+                    begun = Begun(candidate_id, await _first(source), source)
+                    plan.route = candidate_id
+                    return begun
+                except (Refusal, Busy, BrokenStream) as error:
+                    if isinstance(error, Refusal) and not error.elsewhere:
+                        plan.route = plan.route or candidate_id
+                        raise
+                    failed = failed or error
+                    pause_s = _pause_s(error, attempt, candidate_id == order[-1])
+                    if (
+                        attempt + 1 < tries
+                        and pause_s is not None
+                        and proxy.breaker(candidate_id).open_for_s() <= pause_s
+                    ):
+                        await asyncio.sleep(pause_s)
+                        continue
+                    if candidate_id != order[-1]:
+                        counting.fell_back(proxy, candidate_id, error)
+                        plan.told["reason"] = f"{plan.reason}; {candidate_id} failed"
+                    break
+        plan.route = plan.route or order[0]
+        assert failed is not None
         raise failed
     finally:
         del failed  # no circle, as in admission.py

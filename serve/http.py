@@ -7,12 +7,14 @@ import math
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import Context
 from typing import Any
 
 import orjson
 
 from edgeft.serve.answer import event
 from edgeft.serve.protocol import Refusal
+from edgeft.serve.refusals import told_s
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -89,9 +91,11 @@ class Reply:
             self.status = refusal.status  # for the metrics: the client has seen 200
             return
         if refusal.retry_after_s:
-            self.headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
-            # OpenAI's clients read this one first: whole seconds would bring many back at once.
-            self.headers["retry-after-ms"] = str(math.ceil(1000 * refusal.retry_after_s))
+            wait_s = told_s(refusal.retry_after_s)
+            self.headers["retry-after"] = str(math.ceil(wait_s))
+            self.headers["retry-after-ms"] = str(
+                math.ceil(1000 * wait_s)
+            )  # OpenAI's clients read this one first
         if refusal.status == 413:
             self.headers["connection"] = "close"  # the rest of the body stays unread
         if refusal.status == 401:
@@ -142,6 +146,8 @@ class Departures:
         self.old: dict[asyncio.Task[Any], Callable[[], asyncio.Task[None]]] = {}
         self.watchers: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
         self.timer: asyncio.TimerHandle | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # the timer's
+        self.context = Context()  # not that of whichever request set it
 
     async def while_connected(self, receive: Receive, reply: Reply, work: Awaitable[None]) -> None:
         """Await the work; a client that leaves meanwhile cancels it, and `reply.left` then says so."""
@@ -156,8 +162,8 @@ class Departures:
                 task.cancel()
 
         self.young[task] = lambda: asyncio.ensure_future(watch())
-        if self.timer is None:
-            self.timer = asyncio.get_running_loop().call_later(WATCHED_AFTER_S, self._look)
+        if self.timer is None or self.loop is not asyncio.get_running_loop():
+            self._set_timer()
         try:
             await work
         except asyncio.CancelledError:
@@ -170,9 +176,15 @@ class Departures:
 
     def _look(self) -> None:
         """Watch for those who have waited since the last look at least."""
+        self.timer = None
         self.watchers |= {task: begin() for task, begin in self.old.items()}
         self.old, self.young = self.young, {}
-        self.timer = asyncio.get_running_loop().call_later(WATCHED_AFTER_S, self._look) if self.old else None
+        if self.old:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.timer = self.loop.call_later(WATCHED_AFTER_S, self._look, context=self.context)
 
 
 def bearer(scope: Scope) -> str | None:

@@ -44,7 +44,7 @@ ERRORS = {
     "413": "the body is too large",
     "415": "the model refuses this kind of input",
     "422": "a field is out of its range",
-    "429": "no room in the time that is promised; see Retry-After",
+    "429": "no room in the time that is promised; see Retry-After and retry-after-ms",
     "500": "a fault of edgeft's",
     "502": "the model failed",
     "503": "the model is not ready",

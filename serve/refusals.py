@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 from edgeft.serve.protocol import Refusal
+
+SPREAD = 1.5
+MOST_TOLD_S = 120.0
 
 
 def unreachable(error: Exception) -> Refusal:
@@ -47,6 +52,13 @@ def not_ready(candidate_id: str, state: str, retry_after_s: float = 2.0) -> Refu
         retry_after_s=retry_after_s,
         elsewhere=True,
     )
+
+
+def told_s(wait_s: float) -> float:
+    """When a client is told to come back: each at a time of its own, up to half as long again. Told the same they would all come back in one
+    moment, again and again. OpenAI's client does not come back at all after more than MOST_TOLD_S, so none is pushed over that."""
+    wait_s = max(1.0, wait_s)
+    return min(wait_s * random.uniform(1.0, SPREAD), max(wait_s, MOST_TOLD_S))
 
 
 def at_limit(retry_after_s: float) -> Refusal:

@@ -19,7 +19,9 @@ pytest.importorskip("uvicorn", reason="edgeft[serve] is not installed")
 
 from edgeft.serve.admission import Admission, Busy
 from edgeft.serve.app import create_app
+from edgeft.serve.http import Departures, Reply
 from edgeft.serve.protocol import Refusal, parse
+from edgeft.serve.refusals import told_s
 from edgeft.serve.upstream import HttpUpstream
 from tests.serve_stage import (
     KEY,
@@ -225,16 +227,19 @@ def test_a_full_queue_is_429_and_one_who_waited_is_served(stage):
     assert [r.status_code for r in replies] == [200, 200] and admission.in_flight == 0
 
 
-@pytest.mark.parametrize("temperature", [1, 0])
-def test_a_refusal_leaves_nothing_for_the_collector(tmp_path, temperature):
+@pytest.mark.parametrize(
+    ("temperature", "full"), [(1, ("weak", "strong")), (0, ("weak", "strong")), (1, ("weak",))]
+)
+def test_a_refusal_leaves_nothing_for_the_collector(tmp_path, temperature, full):
     """An exception that its own traceback's frames know is freed by the collector alone, which stops everybody: at hundreds of 429s a
-    second for tens of milliseconds. With the cache (temperature 0) it passes from one task to another."""
+    second for tens of milliseconds. With the cache (temperature 0) it passes from one task to another; with one of two full it is
+    answered by the other."""
     engine = Engine("weak")
     app = create_app(policy_of("weak", "strong"), {}, cache_in(tmp_path / "cache"), config=config_of())
     for name in ("weak", "strong"):
         app.proxy.upstreams[name] = upstream_of(engine)
-        app.proxy.admissions[name] = full = Admission(1, 0)
-        full.in_flight = 1
+        app.proxy.admissions[name] = admission = Admission(1, 0)
+        admission.in_flight = int(name in full)
     body = json.dumps(
         {"model": "auto", "messages": [{"role": "user", "content": "?"}], "temperature": temperature}
     )
@@ -242,14 +247,16 @@ def test_a_refusal_leaves_nothing_for_the_collector(tmp_path, temperature):
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
     statuses: list[int] = []
 
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body.encode(), "more_body": False}
-
     async def send(message: dict[str, Any]) -> None:
         statuses.append(message.get("status", 0))
 
     async def ask(times: int) -> None:
         for _ in range(times):
+            parts = [{"type": "http.request", "body": body.encode(), "more_body": False}]
+
+            async def receive(parts: list[dict[str, Any]] = parts) -> dict[str, Any]:
+                return parts.pop() if parts else await asyncio.Event().wait()  # then it stays and waits
+
             await app(dict(scope), receive, send)
 
     async def play() -> int:
@@ -263,8 +270,35 @@ def test_a_refusal_leaves_nothing_for_the_collector(tmp_path, temperature):
             gc.enable()
 
     found = asyncio.run(play())
-    assert statuses.count(429) == 23
+    assert statuses.count(429 if len(full) == 2 else 200) == 23
     assert found < 20, f"{found} objects in circles after 20 refusals"
+
+
+def test_each_who_is_refused_comes_back_at_a_time_of_its_own():
+    times = {round(told_s(8.0), 3) for _ in range(50)}
+    assert len(times) > 40 and min(times) >= 8 and max(times) <= 12
+    assert all(told_s(0.003) >= 1 for _ in range(50)), "no storm at the end of a pause"
+    assert all(told_s(119.0) <= 120 for _ in range(50)), "OpenAI's client does not wait longer"
+    assert told_s(500.0) == 500
+
+
+def test_a_client_that_leaves_is_seen_whichever_loop_runs():
+    departures = Departures()
+
+    async def work(seconds: float) -> bool:
+        reply = Reply(None)  # type: ignore[arg-type]
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        await departures.while_connected(receive, reply, asyncio.sleep(seconds))
+        return reply.left
+
+    assert asyncio.run(work(5)), "left"
+    assert not asyncio.run(work(0)), "answered at once; its loop ends with the timer set"
+    assert asyncio.run(work(5)), "left"
+    assert not departures.young and not departures.old and not departures.watchers
 
 
 def test_admission_hands_on_slots_and_survives_cancelled_waiters():

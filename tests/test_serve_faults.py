@@ -167,10 +167,10 @@ def test_500_is_502_and_what_passes_is_tried_again(proxy, upstream):
 
 def test_429_is_passed_on_with_its_time(proxy, upstream):
     response = proxy.chat(upstream.id("limit-429"))
-    assert response.status_code == 429 and 6 <= int(response.headers["retry-after"]) <= 7
+    assert response.status_code == 429 and 6 <= int(response.headers["retry-after"]) <= 11
     assert response.json()["error"]["type"] == "rate_limit_error"
     again = proxy.chat(upstream.id("limit-429"), stream=True)
-    assert again.status_code == 429 and 5 <= int(again.headers["retry-after"]) <= 7
+    assert again.status_code == 429 and 5 <= int(again.headers["retry-after"]) <= 11
     assert len(upstream.of("limit-429")) == 1, "it asked again before the time that it was told"
 
 

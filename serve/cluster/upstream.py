@@ -81,7 +81,10 @@ class RayUpstream:
             except Exception as error:
                 meant = _meant(error)
                 if not isinstance(meant, ReplicaLost):
-                    raise meant from None
+                    try:
+                        raise meant from None
+                    finally:
+                        del meant  # no circle, as in admission.py
                 self._lost(meant, tried, begun=False)
         raise AssertionError("the last loss was told")
 
