@@ -51,7 +51,8 @@ def test_upstream_errors(status, shown):
         with canned(status, body, {"Retry-After": "7"}) as url, before(url) as stage:
             response = stage.chat("x", stream=stream)
             assert response.status_code == shown and response.json()["error"]["code"] != "because"
-        assert response.headers.get("retry-after") == ("7" if status in (429, 503) else None)
+        told = response.headers.get("retry-after")
+        assert 7 <= int(told or 0) <= 11 if status in (429, 503) else told is None
 
 
 def test_a_dead_upstream_is_502():
