@@ -115,7 +115,7 @@ def weigh(
     """Scores, costs and latencies of the candidates that are left."""
     scores, settings = scores_of(policy, features), policy.policy.cost
     names = [c["id"] for c in allowed]
-    place = {c["id"]: i for i, c in enumerate(policy.policy.candidates)}
+    place = policy.places
     costs, latencies, prompt = [], [], request.tokens
     for candidate in allowed:
         step = place[candidate["id"]]
@@ -129,15 +129,15 @@ def weigh(
 
 def in_force(policy: LoadedPolicy, request: Request, state: State) -> dict[str, Any]:
     """The rule as it binds now: the policy's, the request's own limits, the budget's λ, a suspension."""
-    settings = {**rule.DEFAULTS, **policy.policy.rule}
-    for name in ("floor", "max_cost", "max_latency_s"):
-        if (own := getattr(request, name)) is not None:
-            settings[name] = own
+    settings = policy.settings
+    if not (request.floor is None and request.max_cost is None and request.max_latency_s is None):
+        own = {"floor": request.floor, "max_cost": request.max_cost, "max_latency_s": request.max_latency_s}
+        settings = settings | {name: limit for name, limit in own.items() if limit is not None}
     if state.price_of_cost is not None:
-        settings |= {"kind": "tradeoff", "price_of_cost": state.price_of_cost}
+        settings = settings | {"kind": "tradeoff", "price_of_cost": state.price_of_cost}
     if is_suspended(policy, state):
         instead = settings["on_suspended"]
-        settings |= {
+        settings = settings | {
             "kind": "loss",
             "threshold": rule.ALWAYS_STRONG if instead == "strong" else float(instead),
             "suspended": True,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +24,19 @@ class Features:
 
     columns: np.ndarray  # int64 [n]: hashed words and word pairs
     values: np.ndarray  # float64 [n]
-    similarity: float  # to the training rows, 0..1: share of the text's weight in columns that training saw
+    seen: Any = None  # float64 [D], 1 in columns that a fitting row had; None where the policy does not know
     embedding: Any = None  # float32 [E], as the encoder gives it
     looks: dict[str, Any] = field(default_factory=dict)  # head -> float64 [d], `surface.numbers`
     known: dict[str, Any] = field(
         default_factory=dict, compare=False, repr=False
     )  # what was computed of them already
+
+    @cached_property
+    def similarity(self) -> float:
+        """To the fitting rows, 0..1: the share of the text's squared weight that lies in columns which they had; 0 for an empty text."""
+        if self.seen is None:
+            return 1.0
+        return float(self.values * self.values @ self.seen.take(self.columns))
 
     @property
     def sparse(self) -> dict[int, float]:
@@ -41,15 +49,7 @@ def read(policy: LoadedPolicy, text: str) -> Features:
     columns, values = arrays(text)
     embedding = policy.encoder(text) if policy.encoder else None
     looks = {kind: surface.numbers(kind, text) for kind in surface.KINDS if kind in policy.policy.features}
-    return Features(columns, values, similarity(policy, columns, values), embedding, looks)
-
-
-def similarity(policy: LoadedPolicy, columns: np.ndarray, values: np.ndarray) -> float:
-    """Share of a text's squared weight that lies in columns which a training row had; 0 for an empty text."""
-    seen = policy.arrays.get("seen.columns")
-    if seen is None:
-        return 1.0
-    return float(values * values @ seen.take(columns))
+    return Features(columns, values, policy.arrays.get("seen.columns"), embedding, looks)
 
 
 def cluster_of(policy: LoadedPolicy, features: Features) -> int | None:

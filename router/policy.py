@@ -81,6 +81,16 @@ class LoadedPolicy:
         return {c["id"]: c for c in self.policy.candidates}
 
     @cached_property
+    def places(self) -> dict[str, int]:
+        """Id -> place in that order."""
+        return {name: place for place, name in enumerate(self.candidates)}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The rule with defaults for what it does not say; not to be changed."""
+        return {**rule.DEFAULTS, **self.policy.rule}
+
+    @cached_property
     def sha256(self) -> str:
         """A hash of everything that decides: what a certificate and a log line name."""
         return policy_sha256(self.policy)

@@ -13,7 +13,7 @@ import orjson
 from edgeft.router import LoadedPolicy, NoCandidate, Request, State, decide, from_openai, removed_for
 from edgeft.router.cascade import drafts, strongest_allowed
 from edgeft.router.costs import seconds_of
-from edgeft.router.heads import Features, cluster_of, read
+from edgeft.router.heads import Features, read
 from edgeft.router.privacy import why_private
 from edgeft.serve.prefixes import chain_of
 from edgeft.serve.protocol import CHAT, Asked, Refusal
@@ -37,8 +37,7 @@ class Plan:
     reason: str
     request: Request
     decision: Decision | None = None  # None: the request pinned a model
-    similarity: float = 1.0  # to the training rows
-    cluster: int | None = None  # of the training rows; None where no certificate watches it
+    features: Features | None = None  # of the request's text, where it was decided
     draft: bool = False  # the first one's answer is judged before it is sent
     chain: tuple[bytes, ...] = ()
     adapter: str | None = None
@@ -122,9 +121,7 @@ async def choose(proxy: Proxy, asked: Asked, tenant: str | None) -> Plan:
             ) from None
         order = (decision.choice, *decision.fallbacks)
         return Plan(
-            similarity=features.similarity,
-            cluster=cluster_of(policy, features) if policy.certificate else None,
-            order=order, private=decision.private, reason=decision.reason, decision=decision,
+            features=features, order=order, private=decision.private, reason=decision.reason, decision=decision,
             draft=asked.n == 1 and drafts(policy, decision) and not too_slow(policy, decision, request), **common,
         )  # fmt: skip
     if asked.model in policy.candidates:

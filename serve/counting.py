@@ -90,8 +90,8 @@ def finished(proxy: Proxy, reply: Reply) -> None:
             cost_usd=cost,
             always_api_usd=always,
         )
-    if plan is not None and plan.decision is not None and proxy.watch and plan.policy is proxy.policy:
-        proxy.watch.saw(plan.decision, len(plan.request.text), plan.similarity, plan.cluster, cost)
+    if plan is not None and plan.decision and plan.features and proxy.watch and plan.policy is proxy.policy:
+        proxy.watch.saw(plan.decision, plan.request, plan.features, cost)
     if proxy.decisions and plan is not None:
         proxy.decisions.write(
             now(), reply.request_id, plan, status, latency_s=_round(seconds), ttft_s=_round(reply.ttft_s), prompt_tokens=prompt,

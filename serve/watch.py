@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from edgeft.router import LoadedPolicy
+from edgeft.router import LoadedPolicy, Request
+from edgeft.router.heads import Features, cluster_of
 from edgeft.router.watching import watches
 from edgeft.types import Decision
 
@@ -18,6 +19,7 @@ class Watch:
     """One policy's. `suspend(why)` is called once, in a thread, when drift ends the certificate: it writes the one field."""
 
     def __init__(self, policy: LoadedPolicy, suspend: Callable[[str], object] | None = None) -> None:
+        self.policy = policy
         self.drift, self.budget = watches(policy)
         self.suspend = suspend
         self.task: asyncio.Task[object] | None = None
@@ -25,20 +27,23 @@ class Watch:
     def saw(
         self,
         decision: Decision,
-        characters: int,
-        similarity: float,
-        cluster: int | None,
+        request: Request,
+        features: Features,
         cost_usd: float | None,
     ) -> None:
         """A request that was decided is over."""
-        before = self.drift.suspended_because
-        if self.drift.saw(decision, characters, similarity, cluster) and before is None:
+        if self.drift.known is not None:
+            self._look(decision, request, features)
+        if self.budget is not None:
+            self.budget.saw(decision, time.monotonic(), cost_usd)
+
+    def _look(self, decision: Decision, request: Request, features: Features) -> None:
+        before, cluster = self.drift.suspended_because, cluster_of(self.policy, features)
+        if self.drift.saw(decision, len(request.text), features.similarity, cluster) and before is None:
             why = str(self.drift.suspended_because)
             log.error("the certificate is suspended: drift in %s", why)
             if self.suspend is not None:
                 self.task = asyncio.ensure_future(asyncio.to_thread(self._write, why))
-        if self.budget is not None:
-            self.budget.saw(decision, time.monotonic(), cost_usd)
 
     def _write(self, why: str) -> None:
         assert self.suspend is not None
