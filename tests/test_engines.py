@@ -7,12 +7,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from edgeft.engines.chat_server import Sampling, Token, listen, until_stop
 from edgeft.engines.client import Loopback, chat
+from edgeft.engines.gguf import model_parameters
 from edgeft.engines.local import LocalModel
 from edgeft.errors import EnvironmentFault, UsageError
 
@@ -217,3 +219,15 @@ def test_loopback_opens_anew_where_the_server_hung_up(seen, monkeypatch):
 def unused_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_llama_cpp_python_multiplies_without_amx(amx):
+    """A library built by gcc 12 dies in it; on a processor without it nothing is given up."""
+    said = b"CPU : AVX512 = 1 | AMX_INT8 = 1 | " if amx else b"CPU : AVX2 = 1 | REPACK = 1 | "
+    llama = SimpleNamespace(
+        llama_model_default_params=lambda: SimpleNamespace(use_extra_bufts=True, n_gpu_layers=-1),
+        llama_print_system_info=lambda: said,
+    )
+    found = model_parameters(llama, 3)
+    assert (found.use_extra_bufts, found.n_gpu_layers) == (not amx, 3)

@@ -237,10 +237,8 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
 
     longest = max(len(row) for row in ids)
     llama.llama_backend_init()
-    model_parameters = llama.llama_model_default_params()
-    model_parameters.n_gpu_layers = 0
     file, adapter_file = model_and_adapter(folder)
-    model = llama.llama_model_load_from_file(str(file).encode(), model_parameters)
+    model = llama.llama_model_load_from_file(str(file).encode(), model_parameters(llama, 0))
     if not model:
         raise RuntimeError(f"llama.cpp can't load {file}")
     context_parameters = llama.llama_context_default_params()
@@ -290,6 +288,17 @@ def logits(folder: Path, ids: list[list[int]], options: dict[str, Any]) -> Itera
         llama.llama_batch_free(batch)
         llama.llama_free(context)
         llama.llama_model_free(model)
+
+
+def model_parameters(llama: Any, layers_on_gpu: int) -> Any:
+    """llama-cpp-python's parameters for a model, without AMX. gcc's `_tile_loadconfig` tells the compiler of 8 of the 64 bytes that the
+    instruction reads, so gcc 12 drops the stores of the others, and a library built by it dies at its first product (llama.cpp #20824).
+    """
+    parameters = llama.llama_model_default_params()
+    parameters.n_gpu_layers = layers_on_gpu
+    if b"AMX_INT8 = 1" in llama.llama_print_system_info():
+        parameters.use_extra_bufts = False
+    return parameters
 
 
 def logits_build() -> str:

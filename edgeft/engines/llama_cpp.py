@@ -16,7 +16,7 @@ from edgeft.device import gpu_layers
 from edgeft.engines.chat_server import Reader, features, listen
 from edgeft.engines.decoding import BadRequest, Pace, Sampling, Steps, Token, log_softmax
 from edgeft.engines.decoding import likeliest as likeliest_of
-from edgeft.engines.gguf import logits, logits_build, model_and_adapter
+from edgeft.engines.gguf import logits, logits_build, model_and_adapter, model_parameters
 from edgeft.errors import UsageError
 
 __all__ = ["REQUIRES", "logits", "logits_build", "start"]
@@ -35,9 +35,7 @@ def start(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             "edgeft bench … --gguf-engine gguf loads it",
         )
     llama.llama_backend_init()
-    parameters = llama.llama_model_default_params()
-    parameters.n_gpu_layers = gpu_layers(options)
-    model = llama.llama_model_load_from_file(str(file).encode(), parameters)
+    model = llama.llama_model_load_from_file(str(file).encode(), model_parameters(llama, gpu_layers(options)))
     if not model:
         raise RuntimeError(f"llama.cpp can't load {file}")
     context = new_context(llama, model, options)
