@@ -26,7 +26,7 @@ test: install ## All tests, two files at a time.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-deps: ## Install what some tests use from Debian (they skip without it).
-	$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium redis-server >/dev/null
+	$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium redis-server openssh-server iproute2 >/dev/null
 
 lint: install ## ruff, lint and format.
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
