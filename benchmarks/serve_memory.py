@@ -1,11 +1,11 @@
 """Resident memory of the proxy alone, and whether it grows: so many requests a second for minutes, all of them different.
 
-    python benchmarks/serve_memory.py [--minutes 20] [--warm-up 12] [--rate 200] [--litellm-python PYTHON | --no-litellm]
+    python benchmarks/serve_memory.py [--minutes 20] [--warm-up 20] [--rate 200] [--litellm-python PYTHON | --no-litellm]
 
 Open loop at a fixed rate (a late answer delays nobody), a third of it streamed, one in twenty hung up in the middle, before the stand-in
 upstream that answers at once; exact cache on, half of the requests repeatable. RSS is read every 5 s, and
 what of it is not shared with a mapped file (the cache's database). What is kept (answers, decisions, pages of the database) fills for some
-ten minutes: the same load runs before, and the slope is that of the means of twelve equal blocks after it, by
+twenty minutes: the same load runs before, and the slope is that of the means of twelve equal blocks after it, by
 least squares, with its t interval (df 10): neighbouring readings are not independent, blocks of minutes nearly are.
 The rival is LiteLLM's proxy at a tenth of the rate (it takes no more here), for its memory alone.
 Must reach: 150 MiB without engines, litellm and MiniLM; a slope of zero within its 95 % interval. Prints a table and one JSON line.
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument(
-        "--warm-up", type=float, default=12, help="minutes of the same load before those that count"
+        "--warm-up", type=float, default=20, help="minutes of the same load before those that count"
     )
     parser.add_argument("--rate", type=float, default=200, help="requests/s")
     parser.add_argument("--litellm-python", type=Path, help="an interpreter that has litellm[proxy]")
