@@ -130,9 +130,9 @@ def weigh(
 def in_force(policy: LoadedPolicy, request: Request, state: State) -> dict[str, Any]:
     """The rule as it binds now: the policy's, the request's own limits, the budget's λ, a suspension."""
     settings = policy.settings
-    if not (request.floor is None and request.max_cost is None and request.max_latency_s is None):
-        own = {"floor": request.floor, "max_cost": request.max_cost, "max_latency_s": request.max_latency_s}
-        settings = settings | {name: limit for name, limit in own.items() if limit is not None}
+    for name in ("floor", "max_cost", "max_latency_s"):
+        if (own := getattr(request, name)) is not None:
+            settings = settings | {name: own}
     if state.price_of_cost is not None:
         settings = settings | {"kind": "tradeoff", "price_of_cost": state.price_of_cost}
     if is_suspended(policy, state):
